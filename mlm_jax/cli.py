@@ -1,0 +1,177 @@
+"""The command line: `mlm-jax VERB ...`. Nothing heavy is imported before a verb needs it.
+
+Exit status: 0 done, 1 the work failed, 2 the input was wrong (one line says which field, its value, the reason and the remedy).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+STAGES = ("prepare", "train", "evaluate", "sample", "export", "report")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = parser().parse_args(argv)
+    from mlm_jax.config import InputError
+
+    try:
+        if getattr(args, "distributed", False):
+            import jax
+
+            jax.distributed.initialize()
+        result = args.verb(args)
+        if args.json:
+            print(json.dumps(result))
+        return 0
+    except InputError as e:
+        if args.traceback:
+            raise
+        print(f"mlm-jax: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmlm-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if args.traceback:
+            raise
+        print(f"mlm-jax: {type(e).__name__}: {' '.join(str(e).split())[:500]} (--traceback shows where)", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    top = argparse.ArgumentParser(prog="mlm-jax", description="Train GPT-2 in JAX: raw text to a trained, evaluated, talking, exported model.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout; everything else goes to stderr")
+    common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+        sub.set_defaults(verb=function)
+        return sub
+
+    for name, function, text in (
+        ("run", run, "prepare, train, evaluate, sample, export and report; skips what is done, resumes what is not"),
+        ("prepare", prepare, "turn the experiment's text into token shards"),
+        ("train", train, "prepare and train, going on from the last checkpoint"),
+    ):
+        sub = verb(name, function, text)
+        sub.add_argument("experiment", metavar="EXPERIMENT", help="a file (experiments/tiny.py) or a module (experiments.tiny)")
+        sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
+        sub.add_argument("--distributed", action="store_true", help="join the other processes of this run (a TPU pod or Slurm is detected)")
+
+    sub = verb("evaluate", evaluate, "measure a model's loss on its run's validation split, or on a text")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--text", metavar="SOURCE", help="a file or folder of text (default: the validation split of the run)")
+    _trust(sub)
+
+    sub = verb("generate", generate, "continue a prompt")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--prompt", default="", help="the text to continue (default: the start of a document)")
+    sub.add_argument("--num", type=int, default=1, metavar="N", help="how many continuations (default 1)")
+    sub.add_argument("--max-tokens", type=int, default=50, metavar="N", help="length of each at most (default 50)")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default 1)")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default 0: all)")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens of mass P (default 1: all)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    _trust(sub)
+
+    sub = verb("import", import_, "turn a Hugging Face GPT-2 into a run directory")
+    sub.add_argument("model", metavar="HF_MODEL", help="a Hugging Face directory or a hub name such as openai-community/gpt2")
+    sub.add_argument("out", metavar="OUT", type=Path, help="the directory to write; it must not exist or be empty")
+
+    sub = verb("export", export, "write a model as a Hugging Face directory")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("out", metavar="OUT_DIR", type=Path, help="the directory to write; it must not exist or be empty")
+    _trust(sub)
+
+    sub = verb("report", report, "write report.html and loss.png of a run")
+    sub.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    return top
+
+
+MODEL_HELP = "a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
+
+
+def _trust(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--trust-code", action="store_true", help="execute the model code that came with the run")
+
+
+def _run(args: argparse.Namespace) -> Any:
+    from mlm_jax import experiment, runs
+    from mlm_jax.config import parse_set
+
+    loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
+    return runs.Run(loaded, args.out or Path("runs") / loaded.config.name)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    made = _run(args)
+    for stage in STAGES:
+        getattr(made, stage)()
+    print(f"done: {made.folder} (report.html, samples.txt, hf/)", file=sys.stderr)
+    return {"run": str(made.folder), **made.evaluate()}
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    made = _run(args)
+    manifest = made.prepare()
+    return {"tokens": str(made.tokens), "vocab_size": manifest.vocab_size, **{name: split.tokens for name, split in manifest.splits.items()}}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    made = _run(args)
+    made.prepare()
+    made.train()
+    return {"run": str(made.folder), "step": made.config.train.steps}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import evaluate, runs
+
+    result = runs.evaluate_reference(args.model, text=args.text, trust_code=args.trust_code)
+    if not args.json:
+        print(evaluate.describe(result))
+    return result
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import decode, runs
+
+    settings = {name: getattr(args, name) for name in ("num", "max_tokens", "temperature", "top_k", "top_p", "seed")}
+    texts = decode.generate(*runs.load(args.model, trust_code=args.trust_code), args.prompt, **settings)
+    if not args.json:
+        for i, text in enumerate(texts, 1):
+            print((f"--- {i}\n" if len(texts) > 1 else "") + args.prompt + text)
+    return {"prompt": args.prompt, "texts": texts}
+
+
+def import_(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import runs
+
+    runs.import_model(args.model, args.out)
+    print(f"done: {args.out}", file=sys.stderr)
+    return {"run": str(args.out)}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import runs
+
+    runs.export_model(args.model, args.out, trust_code=args.trust_code)
+    print(f"done: {args.out}", file=sys.stderr)
+    return {"hf": str(args.out)}
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax.report import write_report
+
+    return {"report": str(write_report(args.run))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

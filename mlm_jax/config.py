@@ -1,0 +1,343 @@
+"""Every knob of a run, as frozen dataclasses: words here, letters in tensors.
+
+An experiment file builds one `Config`; `override` and `--set path=value` change it, `diff` compares two, and `to_json` and
+`from_json` carry one through a run directory. Each check names the field, its value, the reason and the remedy.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Bad input, in one line: which field, its value, what is wrong with it, and what to do. The commands exit with status 2."""
+
+    def __init__(self, field: str, value: object, reason: str, remedy: str) -> None:
+        self.field, self.value, self.reason, self.remedy = field, value, reason, remedy
+        shown = value if isinstance(value, str) else repr(value)
+        message = f"{field}{f' = {shown}' if shown else ''}: {reason.rstrip('.')}. {remedy.rstrip('.')}."
+        super().__init__(" ".join(message.splitlines()))
+
+
+def _check(ok: bool, field: str, value: object, reason: str, remedy: str) -> None:
+    if not ok:
+        raise InputError(field, value, reason, remedy)
+
+
+def _check_types(config: object, prefix: str) -> None:
+    """Raises InputError unless every field holds its type; an int where a float is due becomes one."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _typed(kind, getattr(config, name), prefix + name))
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a field of type `kind`: an int where a float is due becomes one."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        reason = "a single value, it has no fields" if isinstance(value, Mapping) else f"expected {kind.__name__}, got {type(value).__name__}"
+        raise InputError(path, repr(value), reason, f"Write a value of type {kind.__name__}")
+    return value
+
+
+def _at_least(config: object, prefix: str, **minima: int) -> None:
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        reason = f"below the least that makes sense, {minimum}" if value == value else "not a number"
+        _check(value >= minimum and value < math.inf, f"{prefix}.{name}", value, reason, f"Give a finite value of {minimum} or more")
+
+
+def _fraction(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(0 <= value < 1, f"{prefix}.{name}", value, "not a fraction", "Give a value from 0 up to, not including, 1")
+
+
+def one_of(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises InputError, with the closest choice named, unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(field, value, f"unknown{_did_you_mean(value, choices)}", f"Choose from: {', '.join(choices)}")
+
+
+def _did_you_mean(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT-2; the defaults are the 124M model (Radford et al. 2019, table 2)."""
+
+    vocab_size: int = 0  # 0: as many as the tokenizer has
+    context_len: int = 1024  # T: the most positions the model can embed
+    n_layers: int = 12
+    n_heads: int = 12
+    d_model: int = 768
+    d_ff: int = 3072
+    dropout: float = 0.0  # on embeddings, attention probabilities and both residual branches
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    compute_dtype: str = "float32"  # of activations and matrix products; parameters stay float32
+    unroll_layers: bool = False  # True: a faster step for few layers, and a longer compilation for many
+
+    def __post_init__(self) -> None:
+        _check_types(self, "model.")
+        _at_least(self, "model", vocab_size=0, context_len=1, n_layers=1, n_heads=1, d_model=1, d_ff=1, norm_eps=0, init_std=0)
+        _fraction(self, "model", "dropout")
+        one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        narrower = self.d_model // self.n_heads
+        _check(
+            self.d_model % self.n_heads == 0,
+            "model.d_model",
+            self.d_model,
+            f"model.n_heads = {self.n_heads} does not divide it, a head would be {self.d_model / self.n_heads:.2f} wide",
+            f"Nearest that fit: {' and '.join(str(n * self.n_heads) for n in (narrower, narrower + 1) if n)}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """H, the width of one attention head."""
+        return self.d_model // self.n_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "python-docs"  # python-docs (the documentation inside every Python), tfds:NAME, a file or a folder
+    text_field: str = "text"  # the field of a JSON line or TFDS example that holds the document
+    tokenizer: str = "gpt2"  # gpt2, bpe (trained on the text), char, byte
+    bpe_vocab_size: int = 2048  # for tokenizer = bpe: tokens, the 256 bytes and <|endoftext|> included
+    val_fraction: float = 0.1  # held out for validation
+    tokens: str = ""  # folder of the token shards, shared by runs that name it; empty: tokens/ in the run directory
+
+    def __post_init__(self) -> None:
+        _check_types(self, "data.")
+        _check(bool(self.source), "data.source", self.source, "empty", "Name a text file, a folder, tfds:NAME or python-docs")
+        one_of("data.tokenizer", self.tokenizer, ("gpt2", "bpe", "char", "byte"))
+        _at_least(self, "data", bpe_vocab_size=257)
+        _fraction(self, "data", "val_fraction")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay over `train.steps`."""
+
+    peak_lr: float = 6e-4
+    end_lr: float = 6e-5
+    warmup_steps: int = 700
+    weight_decay: float = 0.1  # on weights of two or more axes; biases, gains and nothing else go without
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # the largest global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        _check_types(self, "optim.")
+        _at_least(self, "optim", peak_lr=0, end_lr=0, warmup_steps=0, weight_decay=0, eps=0, clip_norm=0)
+        _fraction(self, "optim", "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, and what is written on the way."""
+
+    steps: int = 1000
+    batch_size: int = 8  # B: windows of context_len tokens in one step, over all devices
+    eval_every: int = 250  # steps between validations; 0: only at the end
+    eval_windows: int = 64  # validation windows read each time; `mlm-jax evaluate` reads all
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # the newest that stay on disk
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self, "train.")
+        _at_least(self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, seed=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; at most one is -1: all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mesh.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check(value >= 1 or value == -1, f"mesh.{field.name}", value, "not a number of devices", "Give 1 or more, or -1 for all that remain")
+        rest = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) == -1]
+        if len(rest) > 1:
+            raise InputError(f"mesh.{rest[-1]}", -1, f"mesh.{rest[0]} is -1 too", "Let one axis take the devices that remain")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What a finished run writes into samples.txt."""
+
+    prompt: str = ""  # empty: from the start of a document
+    num: int = 3
+    max_tokens: int = 200
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_types(self, "sample.")
+        _at_least(self, "sample", num=1, max_tokens=1, temperature=0, top_k=0)
+        _check(0 < self.top_p <= 1, "sample.top_p", self.top_p, "not a probability", "Give a value above 0, at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self) -> None:
+        _check_types(self, "")
+        _check(
+            bool(self.name) and self.name not in (".", "..") and all(c.isalnum() or c in "._-" for c in self.name),
+            "name",
+            self.name,
+            "not usable as the name of a folder",
+            "Use letters, digits, '.', '_' and '-'",
+        )
+        _check(
+            self.optim.warmup_steps <= self.train.steps,
+            "optim.warmup_steps",
+            self.optim.warmup_steps,
+            f"longer than the run, train.steps = {self.train.steps}",
+            "Warm up for fewer steps or train for more",
+        )
+
+
+def override(config: T, changes: Mapping[str, Any]) -> T:
+    """Returns `config` with dotted fields replaced, e.g. {"optim.peak_lr": 1e-3}; all are replaced before the whole is checked.
+
+    Raises:
+      InputError: a path names no field, a value has the wrong type, or the changed configuration is not valid.
+    """
+    nested: dict[str, Any] = {}
+    for path, value in changes.items():
+        node, keys = nested, path.split(".")
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise InputError(path, repr(value), f"{key!r} is set as a whole in the same change", "Set the field or its parts, not both")
+        if keys[-1] in node:
+            raise InputError(path, repr(value), "set as a whole and in part in the same change", "Set the field or its parts, not both")
+        node[keys[-1]] = dict(value) if isinstance(value, Mapping) else value  # a copy: a later change may be written into it
+    return _replace(config, nested, "")
+
+
+def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(type(config))
+    new = {}
+    for key, value in changes.items():
+        _known_field(type(config), types, key, prefix)
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            value = _replace(getattr(config, key), value, f"{prefix}{key}.")
+        new[key] = _typed(types[key], value, prefix + key)
+    return dataclasses.replace(config, **new)
+
+
+def _known_field(cls: type, types: Mapping[str, Any], key: str, prefix: str) -> None:
+    if key not in types:
+        raise InputError(prefix + key, "", f"{cls.__name__} has no field {key!r}{_did_you_mean(key, types)}", f"Fields: {', '.join(types)}")
+
+
+def parse_set(items: Iterable[str]) -> dict[str, Any]:
+    """The changes that `--set` items say: ["optim.peak_lr=1e-3"] -> {"optim.peak_lr": 0.001}; what is no literal is a string.
+
+    Raises:
+      InputError: an item is not of the form path=value.
+    """
+    changes: dict[str, Any] = {}
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise InputError("--set", item, "not of the form path=value", "Write, for example, --set optim.peak_lr=3e-4")
+        changes[path] = _literal(path, text)
+    return changes
+
+
+def _literal(path: str, text: str) -> Any:
+    field = _field_type(Config, path.split("."))
+    if field is str:  # a name such as 1e3 or None stays text
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it raises on text that is no literal
+        return text
+
+
+def _field_type(cls: type, keys: list[str]) -> Any:
+    kind: Any = cls
+    for key in keys:
+        kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def diff(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ: {path: (value in a, value in b)}."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            out |= diff(x, y, f"{prefix}{field.name}.")
+        elif x != y:
+            out[prefix + field.name] = (x, y)
+    return out
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON; `from_json` gives it back equal."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, *, where: str = "config.json") -> Config:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+      InputError: not JSON, an unknown field, a wrong type or an invalid value; `where` names the file.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise InputError(where, "", f"not JSON ({e})", "Restore the file, or start the run in a new directory") from e
+    if not isinstance(values, dict) or "name" not in values:
+        raise InputError(where, "", "not the configuration of a run: it has no name", "Restore the file, or start the run in a new directory")
+    try:
+        return _build(Config, values, "")
+    except InputError as e:
+        raise InputError(f"{where}: {e.field}", e.value, e.reason, e.remedy) from e
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(cls)
+    new = {}
+    for key, value in values.items():
+        _known_field(cls, types, key, prefix)
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            value = _build(types[key], value, f"{prefix}{key}.")
+        new[key] = _typed(types[key], value, prefix + key)
+    return cls(**new)

@@ -1,0 +1,1 @@
+"""The model: GPT-2 as Flax modules, and its attention."""

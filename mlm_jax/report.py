@@ -1,0 +1,282 @@
+"""One run directory -> report.html, a page that needs no other file and no network, and loss.png, the curve on it."""
+
+import base64
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mlm_jax.config import Config, InputError, diff, from_json
+
+MOST_POINTS = 2000  # in one drawn line: more than the picture has columns
+
+INK, FAINT, TRAIN, VALIDATION = "#1f2933", "#9fb3c8", "#2b6cb0", "#c05621"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes report.html, and loss.png where metrics.jsonl holds any, into `run_dir`; returns the path of the page.
+
+    A part whose file is not there is left out, so a run may be looked at while it trains.
+
+    Raises:
+      InputError: `run_dir` is no run, or one of its files cannot be read as what it should be.
+    """
+    if not any((run_dir / name).is_file() for name in ("config.json", "metrics.jsonl", "run.json")):
+        raise InputError("run", str(run_dir), "not a run: no config.json, metrics.jsonl or run.json in it", "Name a folder that `mlm-jax run` made")
+    config_text = _read(run_dir / "config.json")
+    config = from_json(config_text, where=str(run_dir / "config.json")) if config_text else None
+    name = config.name if config else run_dir.resolve().name
+    run, evaluation = _read_object(run_dir / "run.json"), _read_object(run_dir / "evaluation.json")
+    rows, unreadable = read_metrics(run_dir / "metrics.jsonl")
+
+    parts = [f"<h1>{escape(name)}</h1>", _facts(run, config, rows)]
+    if rows:
+        picture = run_dir / "loss.png"
+        draw(rows, evaluation, name).savefig(picture, dpi=160)
+        image = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<h2>Learning curve</h2><img alt="Loss against steps" src="data:image/png;base64,{image}">')
+        parts.append(f"<p>{unreadable} lines of metrics.jsonl could not be read.</p>" if unreadable else "")
+    parts.append(_table("Evaluation", (_figure(key, value) for key, value in evaluation.items())))
+    samples = _read(run_dir / "samples.txt")
+    parts.append(f"<h2>Samples</h2><pre>{escape(samples)}</pre>" if samples else "")
+    parts.append(_configuration(config) if config else "")
+    page = PAGE.format(title=escape(name), body="\n".join(part for part in parts if part))
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> str:
+    """The text of a file, whatever its bytes (a sample may end inside a character); "" where there is no file."""
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    text = _read(path)
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError as e:
+        raise InputError(str(path), "", f"not JSON ({e})", "Remove the file and run the stage that makes it again") from e
+    if not isinstance(values, dict):
+        raise InputError(str(path), "", "not a JSON object", "Remove the file and run the stage that makes it again")
+    return values
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of metrics.jsonl by step, one for each step, and how many lines could not be read.
+
+    A killed run leaves a torn line, and steps that the resumed run writes again: the later row counts.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    unreadable = 0
+    for line in _read(path).splitlines():
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row)
+        except (json.JSONDecodeError, TypeError, KeyError):
+            unreadable += 1
+    return [rows[step] for step in sorted(rows)], unreadable
+
+
+def draw(rows: list[dict[str, Any]], evaluation: Mapping[str, Any], name: str) -> Figure:
+    """The picture of a run: loss in nats per token and learning rate over steps, and bits per byte beside those of compressors."""
+    bars = [(label, evaluation[key]) for key, label in COMPRESSION.items() if isinstance(evaluation.get(key), int | float)]
+    heights = {"loss": 4.0} | ({"rate": 1.1} if _series(rows, "lr")[0].size else {}) | ({"bars": 0.35 + 0.25 * len(bars)} if bars else {})
+    figure = Figure(figsize=(9, sum(heights.values()) + 1), layout="constrained")
+    axes = dict(zip(heights, figure.subplots(len(heights), height_ratios=list(heights.values()), squeeze=False).flat, strict=True))
+    axes["loss"].set_title(name, loc="left", fontweight="bold", color=INK, parse_math=False)
+    _draw_loss(axes["loss"], rows)
+    steps_on = axes["loss"]
+    if "rate" in axes:
+        steps_on = axes["rate"]
+        steps, rates = _series(rows, "lr")
+        kept = thin(rates)
+        steps_on.plot(steps[kept], rates[kept], color=INK, linewidth=1.2)
+        steps_on.set_ylim(bottom=0)
+        steps_on.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        steps_on.set_ylabel("learning rate")
+        steps_on.sharex(axes["loss"])
+        axes["loss"].tick_params(labelbottom=False)
+    steps_on.set_xlabel("step")
+    steps_on.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in axes.values():
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(FAINT)
+        panel.tick_params(color=FAINT, labelcolor=INK)
+    if "bars" in axes:
+        _draw_bars(axes["bars"], bars)
+    return figure
+
+
+def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, losses = _series(rows, "loss")
+    width = len(losses) // 50
+    kept = thin(losses)
+    raw_is_all = width < 3  # too few to smooth
+    axes.plot(
+        steps[kept],
+        losses[kept],
+        color=TRAIN,
+        linewidth=1.6 if raw_is_all else 0.7,
+        alpha=1 if raw_is_all else 0.3,
+        label="training" if raw_is_all else None,
+    )
+    if not raw_is_all:
+        smooth = smoothed(losses, width)
+        kept = thin(smooth)
+        axes.plot(steps[kept], smooth[kept], color=TRAIN, linewidth=1.6, label=f"training, mean of {width} rows around")
+    steps, losses = _series(rows, "val_loss")
+    if losses.size:
+        axes.plot(steps, losses, color=VALIDATION, linewidth=1.2, marker="o", markersize=4, label=f"validation, {losses[-1]:.3f} at the end")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(axis="y", color=FAINT, alpha=0.35, linewidth=0.6)
+    if axes.lines:
+        axes.legend(frameon=False, labelcolor=INK)
+
+
+def _draw_bars(axes: Axes, bars: list[tuple[str, float]]) -> None:
+    labels, values = zip(*bars, strict=True)
+    drawn = axes.barh(labels, values, color=[VALIDATION, *[FAINT] * (len(bars) - 1)], height=0.65)
+    axes.bar_label(drawn, fmt="%.3f", padding=4, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("bits per byte of the validation text, less is better")
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Steps and values of the rows that hold `key`."""
+    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
+
+
+def smoothed(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
+    """The mean of the finite values among `width` neighbours centred on each; fewer at both ends; NaN where none is finite."""
+    finite = np.isfinite(values)
+    box = np.ones(2 * (width // 2) + 1)
+    total, count = (np.convolve(x, box)[width // 2 :][: len(values)] for x in (np.where(finite, values, 0.0), finite.astype(np.float64)))
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
+
+
+def thin(values: Float[np.ndarray, " n"], most: int = MOST_POINTS) -> Int[np.ndarray, " m"]:
+    """Indices of at most `most` values, in order: the least and the greatest of each stretch, so that no spike is lost."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    stretches = np.array_split(np.arange(len(values)), most // 2)
+    ordered = (np.where(np.isnan(values), sign * math.inf, values) for sign in (1, -1))
+    low, high = ordered
+    return np.unique([stretch[pick(side[stretch])] for stretch in stretches for pick, side in ((np.argmin, low), (np.argmax, high))])
+
+
+def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, Any]]) -> str:
+    facts: list[tuple[str, str]] = []
+    for key, value in run.items():
+        if key == "versions" and isinstance(value, dict):
+            facts.append(("versions", ", ".join(f"{library} {version}" for library, version in value.items())))
+        elif isinstance(value, str | int | float):  # the rest is for programs
+            facts.append(_figure(key, value))
+    if rows:
+        facts.append(("steps", f"{rows[-1]['step']:,}"))
+    if rows and config:
+        facts.append(("tokens trained on", f"{rows[-1]['step'] * config.train.batch_size * config.model.context_len:,}"))
+    speeds = _series(rows, "tokens_per_s")[1]
+    if speeds.size:
+        facts.append(("speed, median", f"{np.median(speeds):,.0f} tokens/s"))
+    return _table("", facts)
+
+
+# Bits per byte of the same text, ours first: key of evaluation.json -> label.
+COMPRESSION = {
+    "val_bits_per_byte": "this model",
+    "xz_primed_bits_per_byte": "xz -9 after the training text",
+    "xz_bits_per_byte": "xz -9",
+}
+
+# What a key of run.json or evaluation.json is called, and its unit; another key stands as it is.
+NAMES = {
+    "git_commit": ("git commit", ""),
+    "vocab_size": ("vocabulary", " tokens"),
+    "wall_time_s": ("wall time", " s"),
+    "val_loss": ("validation loss", " nats per token"),
+    "val_nats_per_character": ("validation loss", " nats per character"),
+    "val_bits_per_byte": ("validation, bits per byte", ""),
+    "val_bytes": ("validation text", " bytes"),
+    "val_tokens": ("validation text", " tokens"),
+    "xz_bits_per_byte": ("xz -9, bits per byte of the same text", ""),
+    "xz_primed_bits_per_byte": ("xz -9 after the training text, bits per byte", ""),
+}
+
+
+def _figure(key: str, value: Any) -> tuple[str, str]:
+    """Label and value of one figure, with its unit where we know it."""
+    label, unit = NAMES.get(key, (key, ""))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        shown = value if isinstance(value, str) else json.dumps(value)
+    else:
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return label, shown + unit
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """An HTML table of labels and values under its heading; "" without rows."""
+    body = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in rows)
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"{heading}<table>{body}</table>" if body else ""
+
+
+def _configuration(config: Config) -> str:
+    """Every field of every section; those that differ from the defaults are marked and carry the default."""
+    defaults = {path: b for path, (_, b) in diff(config, Config(name=config.name)).items()}
+    show: Callable[[Any], str] = lambda value: escape(value if isinstance(value, str) and value else repr(value))  # noqa: E731
+    tables = []
+    for section, values in dataclasses.asdict(config).items():
+        if not isinstance(values, dict):
+            continue
+        lines = []
+        for field, value in values.items():
+            path = f"{section}.{field}"
+            mark = f' class="changed" title="default: {show(defaults[path])}"' if path in defaults else ""
+            note = f" <small>not {show(defaults[path])}</small>" if path in defaults else ""
+            lines.append(f"<tr{mark}><th>{escape(field)}</th><td>{show(value)}{note}</td></tr>")
+        tables.append(f"<section><h3>{escape(section)}</h3><table>{''.join(lines)}</table></section>")
+    return f'<h2>Configuration</h2><p>Marked: what differs from the defaults.</p><div class="sections">{"".join(tables)}</div>'
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; }}
+h1 {{ margin: 0 0 1rem; font-size: 1.8rem; }}
+h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.25rem; border-bottom: 1px solid #d9e2ec; }}
+h3 {{ margin: .6rem 0 .2rem; font-size: 1rem; }}
+p, small {{ color: #627d98; }}
+img {{ display: block; width: 100%; height: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .15rem .6rem .15rem 0; text-align: left; vertical-align: top; font-weight: normal; overflow-wrap: anywhere; }}
+th {{ min-width: 9rem; padding-left: .4rem; color: #627d98; white-space: nowrap; }}
+td {{ font-variant-numeric: tabular-nums; }}
+pre {{ padding: 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7fa; border-radius: 4px; font-size: 13px; }}
+.sections {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: .5rem 2rem; }}
+.sections table {{ width: 100%; }}
+.changed {{ background: #fffaeb; }}
+.changed th, .changed td {{ color: #1f2933; font-weight: 600; }}
+small {{ font-weight: normal; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

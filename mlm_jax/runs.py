@@ -1,0 +1,321 @@
+"""A run directory: what it records, the stages that fill it, and the one function that loads a model from it or from elsewhere.
+
+    config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  checkpoints/  evaluation.json  samples.txt  hf/  report.html
+"""
+
+import functools
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mlm_jax import checkpoint, decode, evaluate, experiment, huggingface, report, sharding
+from mlm_jax import train as training
+from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
+from mlm_jax.data import tokens as token_shards
+from mlm_jax.data.clean import Audit, clean
+from mlm_jax.data.text import documents as documents_of
+from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.experiment import Experiment
+from mlm_jax.model import gpt2
+
+PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "transformers", "numpy")
+
+
+class Run:
+    """One experiment in one directory. Each stage skips what is done; a stage that is cut off leaves nothing that looks done."""
+
+    def __init__(self, exp: Experiment, folder: Path, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
+        """Raises: InputError: the directory holds a run of another configuration, or other files."""
+        self.experiment, self.folder, self.say = exp, folder, say
+        self.config = exp.config
+        self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
+        self.check()
+
+    @property
+    def leads(self) -> bool:
+        """This process is the one that writes."""
+        return jax.process_index() == 0
+
+    def check(self) -> None:
+        """Raises InputError where the directory is not this run's."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError("--out", str(self.folder), "is a file", "Name a directory")
+        path = self.folder / "config.json"
+        if not path.is_file():
+            others = sorted(p.name for p in self.folder.iterdir() if p.name != "tokens" and not p.name.startswith(".")) if self.folder.is_dir() else []
+            if others:
+                raise InputError("--out", str(self.folder), f"holds {others[0]} and is no run", "Name a new directory")
+            return
+        there = from_json(path.read_text(encoding="utf-8"), where=str(path))
+        wanted = self.config
+        if not wanted.model.vocab_size:  # the run took the tokenizer's
+            wanted = override(wanted, {"model.vocab_size": there.model.vocab_size})
+        changes = diff(there, wanted)
+        if changes:
+            shown = ", ".join(f"{field} {a!r} -> {b!r}" for field, (a, b) in changes.items())
+            raise InputError("--out", str(self.folder), f"holds a run of another configuration ({shown})", "Name a new directory with --out")
+        recorded = read_json(self.folder / "run.json")["experiment"]
+        changed = experiment.changed_files(recorded, self.experiment)
+        if changed and (recorded["structural"] or self.experiment.structural):
+            raise InputError("EXPERIMENT", ", ".join(changed), f"changed since the run in {self.folder} was started", "Restore it, or name a new directory with --out")
+        if changed:
+            self.say(f"note: {', '.join(changed)} changed since the run was started; the configuration is the same, so it goes on")
+
+    def prepare(self) -> token_shards.Manifest:
+        """Text to token shards; then the run's own files: configuration, provenance, tokenizer."""
+        fresh = not (self.tokens / "manifest.json").is_file()
+        if self.leads:
+            token_shards.prepare(self.config.data, self.tokens)
+        barrier("prepare")
+        manifest = token_shards.read_manifest(self.tokens)
+        V = self.config.model.vocab_size
+        if V and V < manifest.vocab_size:
+            raise InputError("model.vocab_size", V, f"smaller than the tokenizer's {manifest.vocab_size}", "Set it to 0 to take the tokenizer's")
+        self.config = override(self.config, {"model.vocab_size": V or manifest.vocab_size})
+        if fresh:
+            self.say(f"prepare: {', '.join(f'{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {n}' for n, s in manifest.splits.items())}")
+        if self.leads and not (self.folder / "config.json").is_file():
+            Tokenizer.load(self.tokens / "tokenizer").save(self.folder / "tokenizer")
+            write_json(self.folder / "run.json", self.provenance())
+            write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
+        barrier("configuration")
+        return manifest
+
+    def provenance(self) -> dict[str, Any]:
+        """What made this run: code, versions, machine."""
+        device = jax.devices()[0].device_kind
+        return {
+            "experiment": experiment.record(self.experiment, self.folder),
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version()} | {p: version for p in PACKAGES if (version := _version(p))},
+            "device": f"{jax.device_count()} x {device}",
+            "parameters": gpt2.n_params(jax.eval_shape(lambda: gpt2.init(self.experiment.build(self.config.model), jax.random.key(0)))),
+        }
+
+    def train(self) -> None:
+        """Trains up to the last step, from the newest checkpoint on."""
+        done = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
+        if done < self.config.train.steps:
+            training.train(self.config, self.experiment.build(self.config.model), self.tokens, self.folder)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss over the whole validation split, and what xz needs for the same text, in evaluation.json."""
+        path = self.folder / "evaluation.json"
+        if path.is_file():
+            return read_json(path)
+        model, params, tokenizer = self.trained
+        split = token_shards.read_manifest(self.tokens).splits["val"]
+        tokens = token_shards.open_tokens(self.tokens, "val")
+        with jax.sharding.set_mesh(self.mesh):
+            result = evaluate.measure(model, params, tokens, self.mesh, n_bytes=split.bytes, n_characters=split.characters)
+        if self.leads:
+            result |= evaluate.compressors(self.tokens, tokenizer)
+            write_json(path, result)
+        self.say(evaluate.describe(result))
+        return result
+
+    def sample(self) -> str:
+        """Text that the trained model writes, in samples.txt."""
+        path, c = self.folder / "samples.txt", self.config.sample
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        settings = {name: getattr(c, name) for name in ("num", "max_tokens", "temperature", "top_k", "top_p")}
+        with jax.sharding.set_mesh(self.mesh):
+            texts = decode.generate(*self.trained, c.prompt, **settings)
+        text = "".join(f"--- sample {i}\n{c.prompt}{t}\n" for i, t in enumerate(texts, 1))
+        if self.leads:
+            write_text(path, text)
+        self.say(text)
+        return text
+
+    def export(self) -> Path | None:
+        """The trained model as a Hugging Face directory, hf/; None where its structure is not GPT-2's."""
+        folder = self.folder / "hf"
+        if self.experiment.structural:
+            self.say("export: skipped, Hugging Face GPT-2 cannot express a model of another structure (MODEL in the experiment file)")
+            return None
+        if not folder.is_dir():
+            params = on_host(self.trained.params)
+            if self.leads:
+                huggingface.export_weights(self.config.model, params, folder, tokenizer_folder=self.folder / "tokenizer")
+        return folder
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of this run over the devices at hand."""
+        return sharding.make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def trained(self) -> "Loaded":
+        """The newest checkpoint, on the mesh."""
+        return load(self.folder, build=self.experiment.build, mesh=self.mesh)
+
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return report.write_report(self.folder)
+
+
+class Loaded(NamedTuple):
+    """A model that can be called: `model.apply({"params": params}, tokens_BT)`."""
+
+    model: gpt2.Model
+    params: Any
+    tokenizer: Tokenizer
+
+
+def load(
+    reference: str | Path,
+    *,
+    trust_code: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    build: Callable[[ModelConfig], gpt2.Model] | None = None,
+) -> Loaded:
+    """The model in a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory, or a hub name.
+
+    The parameters come to the mesh, without one to the first device. `build` makes the model where the caller has the run's code.
+
+    Raises:
+      InputError: nothing is there, it is damaged, or it needs code that is not trusted.
+    """
+    folder = Path(reference)
+    step = None
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        folder, step = folder.parent.parent, int(folder.name)
+    if not (folder / "run.json").is_file():
+        hub = huggingface.resolve(str(reference))
+        config, params = huggingface.import_weights(hub)
+        return Loaded(gpt2.GPT2(config), jax.tree.map(jnp.asarray, params), Tokenizer.load(hub))
+    config = from_json((folder / "config.json").read_text(encoding="utf-8"), where=str(folder / "config.json")).model
+    recorded = read_json(folder / "run.json")
+    model = build(config) if build else experiment.rebuild(recorded["experiment"], config, folder, trust_code=trust_code)
+    steps = checkpoint.steps_in(folder / "checkpoints")
+    if not steps or (step is not None and step not in steps):
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise InputError("MODEL", str(reference), f"no such checkpoint, {there}", "Train the run, or name a step that it has")
+    shapes = jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0)))
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = sharding.shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one, shapes)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+        params, _ = checkpoints.restore(steps[-1] if step is None else step, abstract)
+    return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))
+
+
+def import_model(reference: str, folder: Path) -> None:
+    """Writes a Hugging Face model as a run directory with one checkpoint, 0.
+
+    Raises:
+      InputError: the folder is in use, or the model cannot be read.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("OUT", str(folder), "exists and is not empty", "Name a new directory")
+    model, params, tokenizer = load(reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(0, params, {"step": jnp.int32(0)})
+    tokenizer.save(folder / "tokenizer")
+    config = Config(name="imported", model=model.config)
+    write_json(folder / "run.json", {"experiment": {"module": "", "structural": False, "files": []}, "imported_from": str(reference)})
+    write_text(folder / "config.json", to_json(config))
+
+
+def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> None:
+    """Writes any model as a Hugging Face directory.
+
+    Raises:
+      InputError: Hugging Face GPT-2 cannot express it, or the folder is in use.
+    """
+    model, params, tokenizer = load(reference, trust_code=trust_code)
+    if type(model) is not gpt2.GPT2 or model.block is not gpt2.Block:
+        raise InputError("MODEL", reference, "has a structure of its own (MODEL in its experiment file)", "Only GPT-2 as Hugging Face has it is exported")
+    huggingface.export_weights(model.config, on_host(params), folder, tokenizer_folder=huggingface.resolve(reference) if False else None)
+
+
+def evaluate_reference(reference: str, *, text: str | None, trust_code: bool) -> dict[str, Any]:
+    """`evaluate.measure` of any model, on the validation split of its run or on a text source.
+
+    Raises:
+      InputError: there is no such model or text, or no validation split and no text.
+    """
+    model, params, tokenizer = load(reference, trust_code=trust_code)
+    if text:
+        documents = [d.text for d in clean(documents_of(DataConfig(source=text)), Audit())]
+        ids = [np.concatenate([[tokenizer.eot_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(documents)]
+        tokens = token_shards.Tokens([np.concatenate(ids)])
+        n_bytes, n_characters = sum(len(d.encode()) for d in documents), sum(map(len, documents))
+    else:
+        run = Path(reference)
+        run = run.parent.parent if run.parent.name == "checkpoints" else run
+        if not (run / "config.json").is_file() or read_json(run / "run.json").get("imported_from"):
+            raise InputError("MODEL", reference, "has no validation split", "Give a text with --text")
+        data = from_json((run / "config.json").read_text(encoding="utf-8"), where=str(run / "config.json")).data
+        folder = Path(data.tokens) if data.tokens else run / "tokens"
+        split = token_shards.read_manifest(folder).splits["val"]
+        tokens, n_bytes, n_characters = token_shards.open_tokens(folder, "val"), split.bytes, split.characters
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    return evaluate.measure(model, params, tokens, mesh, n_bytes=n_bytes, n_characters=n_characters)
+
+
+def on_host(params: Any) -> Any:
+    """The parameters as whole NumPy arrays, also where other processes hold parts of them."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(params, tiled=True)
+    return jax.tree.map(np.asarray, params)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a run.
+
+    Raises:
+      InputError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(str(path), "", f"cannot be read as JSON ({e})", "Restore the file, or start the run in a new directory") from e
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that mlm_jax runs from, with "-dirty" where files differ; None outside a checkout."""
+    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10, check=True)  # noqa: E731
+    try:
+        return git("rev-parse", "HEAD").stdout.strip() + ("-dirty" if git("status", "--porcelain").stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
