@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,15 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in _read(path).splitlines():
         try:
             row = json.loads(line)
-            rows.setdefault(row["step"], {}).update(row)
-        except (json.JSONDecodeError, TypeError, KeyError):
+            rows.setdefault(int(row["step"]), {}).update(row)
+        except (ValueError, TypeError, KeyError):  # no JSON, no object, no step
             unreadable += 1
     return [rows[step] for step in sorted(rows)], unreadable
 
 
 def draw(rows: list[dict[str, Any]], evaluation: Mapping[str, Any], name: str) -> Figure:
     """The picture of a run: loss in nats per token and learning rate over steps, and bits per byte beside those of compressors."""
-    bars = [(label, evaluation[key]) for key, label in COMPRESSION.items() if isinstance(evaluation.get(key), int | float)]
+    bars = [(label, evaluation[key]) for key, label in COMPRESSION.items() if math.isfinite(evaluation.get(key, math.nan))]
     heights = {"loss": 4.0} | ({"rate": 1.1} if _series(rows, "lr")[0].size else {}) | ({"bars": 0.35 + 0.25 * len(bars)} if bars else {})
     figure = Figure(figsize=(9, sum(heights.values()) + 1), layout="constrained")
     axes = dict(zip(heights, figure.subplots(len(heights), height_ratios=list(heights.values()), squeeze=False).flat, strict=True))
@@ -119,21 +119,15 @@ def draw(rows: list[dict[str, Any]], evaluation: Mapping[str, Any], name: str) -
 
 def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
     steps, losses = _series(rows, "loss")
-    width = len(losses) // 50
-    kept = thin(losses)
-    raw_is_all = width < 3  # too few to smooth
-    axes.plot(
-        steps[kept],
-        losses[kept],
-        color=TRAIN,
-        linewidth=1.6 if raw_is_all else 0.7,
-        alpha=1 if raw_is_all else 0.3,
-        label="training" if raw_is_all else None,
-    )
-    if not raw_is_all:
-        smooth = smoothed(losses, width)
+    reach = len(losses) // 100
+    if losses.size:
+        kept = thin(losses)
+        width, alpha, label = (0.7, 0.3, None) if reach else (1.6, 1.0, "training")
+        axes.plot(steps[kept], losses[kept], color=TRAIN, linewidth=width, alpha=alpha, label=label)
+    if reach:
+        smooth = smoothed(losses, reach)
         kept = thin(smooth)
-        axes.plot(steps[kept], smooth[kept], color=TRAIN, linewidth=1.6, label=f"training, mean of {width} rows around")
+        axes.plot(steps[kept], smooth[kept], color=TRAIN, linewidth=1.6, label=f"training, mean of {2 * reach + 1} rows")
     steps, losses = _series(rows, "val_loss")
     if losses.size:
         axes.plot(steps, losses, color=VALIDATION, linewidth=1.2, marker="o", markersize=4, label=f"validation, {losses[-1]:.3f} at the end")
@@ -158,22 +152,26 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[Int[np.ndarray, " n"]
     return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
 
 
-def smoothed(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
-    """The mean of the finite values among `width` neighbours centred on each; fewer at both ends; NaN where none is finite."""
+def smoothed(values: Float[np.ndarray, " n"], reach: int) -> Float[np.ndarray, " n"]:
+    """The mean of the finite values from `reach` before to `reach` after each; NaN where none is finite."""
     finite = np.isfinite(values)
-    box = np.ones(2 * (width // 2) + 1)
-    total, count = (np.convolve(x, box)[width // 2 :][: len(values)] for x in (np.where(finite, values, 0.0), finite.astype(np.float64)))
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
+    start = np.maximum(np.arange(len(values)) - reach, 0)
+    end = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    total, count = totals[end] - totals[start], counts[end] - counts[start]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def thin(values: Float[np.ndarray, " n"], most: int = MOST_POINTS) -> Int[np.ndarray, " m"]:
     """Indices of at most `most` values, in order: the least and the greatest of each stretch, so that no spike is lost."""
     if len(values) <= most:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), most // 2)
-    ordered = (np.where(np.isnan(values), sign * math.inf, values) for sign in (1, -1))
-    low, high = ordered
-    return np.unique([stretch[pick(side[stretch])] for stretch in stretches for pick, side in ((np.argmin, low), (np.argmax, high))])
+    low, high = (np.where(np.isnan(values), never, values) for never in (np.inf, -np.inf))
+    kept = set()
+    for stretch in np.array_split(np.arange(len(values)), most // 2):
+        kept |= {stretch[np.argmin(low[stretch])], stretch[np.argmax(high[stretch])]}
+    return np.array(sorted(kept))
 
 
 def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, Any]]) -> str:
@@ -196,7 +194,7 @@ def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, A
 # Bits per byte of the same text, ours first: key of evaluation.json -> label.
 COMPRESSION = {
     "val_bits_per_byte": "this model",
-    "xz_primed_bits_per_byte": "xz -9 after the training text",
+    "xz_primed_bits_per_byte": "xz -9, primed",
     "xz_bits_per_byte": "xz -9",
 }
 
@@ -221,7 +219,7 @@ def _figure(key: str, value: Any) -> tuple[str, str]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = value if isinstance(value, str) else json.dumps(value)
     else:
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
     return label, shown + unit
 
 
@@ -235,17 +233,15 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
 def _configuration(config: Config) -> str:
     """Every field of every section; those that differ from the defaults are marked and carry the default."""
     defaults = {path: b for path, (_, b) in diff(config, Config(name=config.name)).items()}
-    show: Callable[[Any], str] = lambda value: escape(value if isinstance(value, str) and value else repr(value))  # noqa: E731
     tables = []
     for section, values in dataclasses.asdict(config).items():
         if not isinstance(values, dict):
             continue
         lines = []
         for field, value in values.items():
-            path = f"{section}.{field}"
-            mark = f' class="changed" title="default: {show(defaults[path])}"' if path in defaults else ""
-            note = f" <small>not {show(defaults[path])}</small>" if path in defaults else ""
-            lines.append(f"<tr{mark}><th>{escape(field)}</th><td>{show(value)}{note}</td></tr>")
+            default = defaults.get(f"{section}.{field}")
+            mark, note = ("", "") if default is None else (' class="changed"', f" <small>default {escape(str(default))}</small>")
+            lines.append(f"<tr{mark}><th>{escape(field)}</th><td>{escape(str(value))}{note}</td></tr>")
         tables.append(f"<section><h3>{escape(section)}</h3><table>{''.join(lines)}</table></section>")
     return f'<h2>Configuration</h2><p>Marked: what differs from the defaults.</p><div class="sections">{"".join(tables)}</div>'
 

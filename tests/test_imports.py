@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "sharding"),
     ("data", "model", "objectives", "optim"),
-    ("checkpoint", "huggingface", "metrics"),
+    ("checkpoint", "experiment", "huggingface", "metrics"),
     ("train", "decode", "evaluate"),
     ("plan", "ablate", "report", "doctor", "runs"),
     ("cli", "__init__", "__main__"),
