@@ -1,8 +1,11 @@
 """Checkpoints of a run: written in the background, renamed into place when whole, restored onto whatever mesh is in use.
 
-A checkpoint is `checkpoints/<step>/` with two parts: "params", and "progress" (the optimizer's state and the step).
+A checkpoint is `checkpoints/<step>/` with two parts: "params", and "progress" (the optimizer's state and the step). Once it is written,
+files.json beside them lists the size and CRC-32 of every file, so that damage is found and named before anything is read.
 """
 
+import json
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,60 +15,129 @@ from orbax.checkpoint import v1 as ocp
 
 from mlm_jax.config import InputError
 
+FILES = "files.json"
+_CRC_BYTES = 16 << 30  # larger checkpoints are checked by the sizes of their files alone: reading them twice would take minutes
+
 
 class Checkpoints:
-    """The checkpoints in one folder; a context manager, which waits for what is being written when it ends."""
+    """The checkpoints that a run writes into one folder; a context manager, which waits for what is being written when it ends.
+
+    Half-written checkpoints that a killed run left are removed at the start, so there must be one writer at a time.
+    """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        """Makes the folder; the newest `keep` checkpoints stay in it."""
         self.folder = folder
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True)
+        self._writing: tuple[Path, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._orbax.close()
+        try:
+            self._finish()
+        finally:
+            self._orbax.close()
 
     def save(self, step: int, params: Any, progress: Any) -> None:
-        """Starts writing checkpoint `step`; the arrays are copied before it returns, so that they may be donated."""
-        self._orbax.save_checkpointables_async(step, {"params": params, "progress": progress}, force=True)
+        """Starts writing checkpoint `step`, when the one before is whole; the arrays are copied before it returns, so that they may be donated."""
+        self._finish()
+        self._writing = self.folder / str(step), self._orbax.save_checkpointables_async(step, {"params": params, "progress": progress}, force=True)
 
     def restore(self, step: int, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
-        """(params, progress) of checkpoint `step`, with the shapes, types and shardings of the given ShapeDtypeStructs.
+        """(params, progress) of checkpoint `step`, as `restore` returns them."""
+        return restore(self.folder / str(step), params, progress)
 
-        Raises:
-          InputError: the checkpoint is damaged, or does not hold these arrays.
-        """
-        wanted = {"params": params} | ({} if progress is None else {"progress": progress})
-        where = str(self.folder / str(step))
-        for part, tree in wanted.items():
-            _check_same_arrays(where, part, self._stored(step, part), tree)
-        try:
-            found = self._orbax.load_checkpointables(step, wanted)
-        except Exception as e:  # a damaged file surfaces as whatever the storage layer raised
-            raise _damaged(where, e) from e
-        return found["params"], found.get("progress")
-
-    def _stored(self, step: int, part: str) -> Any:
-        where = str(self.folder / str(step))
-        try:
-            return self._orbax.checkpointables_metadata(step).metadata[part]
-        except Exception as e:
-            raise _damaged(where, e) from e
+    def _finish(self) -> None:
+        if self._writing:
+            folder, response = self._writing
+            self._writing = None
+            response.result()
+            if jax.process_index() == 0:
+                _seal(folder)
 
 
-def _damaged(where: str, error: Exception) -> InputError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-    return InputError("checkpoint", where, f"cannot be read ({reason})", "Remove this folder to go on from the checkpoint before it")
+def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
+    """(params, progress) of the checkpoint in `folder`, with the shapes, types and shardings of the given ShapeDtypeStructs; it changes no file.
+
+    Without `progress` only the parameters are read, and None stands for the rest.
+
+    Raises:
+      InputError: the checkpoint is damaged, or does not hold these arrays.
+    """
+    _check_whole(folder)
+    wanted = {"params": params} | ({} if progress is None else {"progress": progress})
+    try:
+        stored = ocp.checkpointables_metadata(folder.absolute()).metadata
+    except Exception as e:  # a damaged file surfaces as whatever the storage layer raised
+        raise _damaged(folder, e) from e
+    for part, tree in wanted.items():
+        if stored.get(part) is None:
+            raise _damaged(folder, f"no readable {part}")
+        _check_same_arrays(folder / part, stored[part], tree)
+    try:
+        found = ocp.load_checkpointables(folder.absolute(), wanted)
+    except Exception as e:
+        raise _damaged(folder, e) from e
+    return found["params"], found.get("progress")
 
 
-def _check_same_arrays(where: str, part: str, stored: Any, wanted: Any) -> None:
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a finished checkpoint in `folder`, oldest first."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+
+
+def _seal(folder: Path) -> None:
+    """Writes down what the files of a finished checkpoint are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    small = sum(path.stat().st_size for path in files) <= _CRC_BYTES
+    values = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} | ({"crc32": _crc32(path)} if small else {}) for path in files}
+    partial = folder / f".{FILES}.partial"
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / FILES)
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises InputError, naming the file, where one is missing, cut short or changed; a run killed before `_seal` has nothing to check against."""
+    if not (folder / FILES).is_file():
+        return
+    try:
+        values = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        for name, then in values.items():
+            path = folder / name
+            if not path.is_file():
+                raise _damaged(folder, f"{name} is missing")
+            if path.stat().st_size != then["bytes"]:
+                raise _damaged(folder, f"{name} has {path.stat().st_size} bytes, {then['bytes']} were written")
+            if "crc32" in then and _crc32(path) != then["crc32"]:
+                raise _damaged(folder, f"{name} has other bytes than were written")
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise _damaged(folder, f"{FILES}: {e}") from e
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _damaged(folder: Path, reason: object) -> InputError:
+    words = next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)[:200]
+    return InputError("checkpoint", str(folder), f"damaged: {words}", "Remove this folder to go on from the checkpoint before it, or from the start")
+
+
+def _check_same_arrays(part: Path, stored: Any, wanted: Any) -> None:
     """Raises InputError, naming each array that is missing, extra or of another shape."""
     have, want = _shapes(stored), _shapes(wanted)
     wrong = [f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'none')}" for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
     if wrong:
-        raise InputError("checkpoint", f"{where}/{part}", f"does not hold this model's arrays: {', '.join(wrong)}", "Use the configuration it was trained with")
+        raise InputError("checkpoint", str(part), f"does not hold this model's arrays: {', '.join(wrong)}", "Use the configuration it was trained with")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -74,8 +146,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {".".join(word(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The steps that have a finished checkpoint in `folder`, oldest first."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []

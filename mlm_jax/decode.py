@@ -54,7 +54,7 @@ def choose(logits_BV: Float[Array, "B V"], keys_B: Array, sampling: Sampling) ->
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_len"))
-def prefill(model: Any, params: Any, prompt_BT: Int[Array, "B T"], length: Any, *, cache_len: int) -> tuple[Float[Array, "B V"], Any]:
+def prefill(model: Any, params: Any, prompt_BT: Int[Any, "B T"], length: Any, *, cache_len: int) -> tuple[Float[Array, "B V"], Any]:
     """(logits_BV after the first `length` tokens of the prompt, the cache they filled); what follows them is padding.
 
     Padding is written into the cache too, at positions that no query sees before they are overwritten.
@@ -66,7 +66,7 @@ def prefill(model: Any, params: Any, prompt_BT: Int[Array, "B T"], length: Any, 
 
 @functools.partial(jax.jit, static_argnames=("model", "n", "room", "sampling", "eot_id"))
 def decode(
-    model: Any, params: Any, cache: Any, logits_BV: Float[Array, "B V"], length: Any, max_tokens: Any, key: Array, *, n: int, room: int, sampling: Sampling, eot_id: int
+    model: Any, params: Any, cache: Any, logits_1V: Float[Array, "1 V"], length: Any, max_tokens: Any, key: Array, *, n: int, room: int, sampling: Sampling, eot_id: int
 ) -> Int[Array, "B T"]:
     """`max_tokens` new tokens for each of `n` continuations of a prompt of `length` tokens, whose cache and last logits have B = 1.
 
@@ -76,7 +76,7 @@ def decode(
     keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
     pick = lambda logits_BV, i: choose(logits_BV, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys_B), sampling)  # noqa: E731
     cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), cache)
-    tokens_B = pick(jnp.repeat(logits_BV, n, axis=0), 0)
+    tokens_B = pick(jnp.repeat(logits_1V, n, axis=0), 0)
     out_BT = jnp.full((n, room), eot_id, jnp.int32).at[:, 0].set(tokens_B)
 
     def going(carry: Any) -> Array:
@@ -100,8 +100,8 @@ def bucket(n: int, limit: int) -> int:
 
 
 def continuations(
-    model: gpt2.Model, params: Any, prompt: Sequence[int] | Int[np.ndarray, "T"], *, num: int, max_tokens: int, eot_id: int, sampling: Sampling, seed: int
-) -> list[Int[np.ndarray, "T"]]:
+    model: gpt2.Model, params: Any, prompt: Sequence[int] | Int[np.ndarray, "_"], *, num: int, max_tokens: int, eot_id: int, sampling: Sampling, seed: int
+) -> list[Int[np.ndarray, "_"]]:
     """`num` continuations of a prompt of token ids, each of at most `max_tokens` ids and without the `eot_id` that ended it.
 
     Raises:

@@ -316,7 +316,7 @@ def export_weights(
     params: Mapping[str, Any],
     folder: str | Path,
     *,
-    tokenizer_folder: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes the folder, whole or not at all, that `transformers` loads as GPT2LMHeadModel and its tokenizer, and returns its path.
@@ -327,7 +327,6 @@ def export_weights(
     out, folder = Path(folder), Path(folder).resolve()  # behind a link it is the folder itself that is replaced
     _check_free(folder, overwrite)
     tensors = to_tensors(config, params)
-    tokenizer = None if tokenizer_folder is None else Tokenizer.load(Path(tokenizer_folder))
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         reason = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model embeds"
         raise InputError("model.vocab_size", config.vocab_size, reason, "Export with the tokenizer that the model was trained with")

@@ -177,9 +177,11 @@ def thin(values: Float[np.ndarray, " n"], most: int = MOST_POINTS) -> Int[np.nda
 def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, Any]]) -> str:
     facts: list[tuple[str, str]] = []
     for key, value in run.items():
-        if key == "versions" and isinstance(value, dict):
+        if key == "experiment" and isinstance(value, dict):
+            facts.append(("experiment", str(value.get("module", ""))))
+        elif key == "versions" and isinstance(value, dict):
             facts.append(("versions", ", ".join(f"{library} {version}" for library, version in value.items())))
-        elif isinstance(value, str | int | float):  # the rest is for programs
+        elif isinstance(value, str | int | float):  # what else is nested is for programs
             facts.append(_figure(key, value))
     if rows:
         facts.append(("steps", f"{rows[-1]['step']:,}"))
@@ -261,10 +263,10 @@ p, small {{ color: #627d98; }}
 img {{ display: block; width: 100%; height: auto; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .15rem .6rem .15rem 0; text-align: left; vertical-align: top; font-weight: normal; overflow-wrap: anywhere; }}
-th {{ min-width: 9rem; padding-left: .4rem; color: #627d98; white-space: nowrap; }}
+th {{ min-width: 9rem; padding-left: .4rem; color: #627d98; overflow-wrap: normal; }}
 td {{ font-variant-numeric: tabular-nums; }}
 pre {{ padding: 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7fa; border-radius: 4px; font-size: 13px; }}
-.sections {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: .5rem 2rem; }}
+.sections {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: .5rem 2rem; }}
 .sections table {{ width: 100%; }}
 .changed {{ background: #fffaeb; }}
 .changed th, .changed td {{ color: #1f2933; font-weight: 600; }}

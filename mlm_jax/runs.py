@@ -145,9 +145,10 @@ class Run:
             self.say("export: skipped, Hugging Face GPT-2 cannot express a model of another structure (MODEL in the experiment file)")
             return None
         if not folder.is_dir():
-            params = on_host(self.trained.params)
+            _, params, tokenizer = self.trained
+            params = on_host(params)  # every process takes part
             if self.leads:
-                huggingface.export_weights(self.config.model, params, folder, tokenizer_folder=self.folder / "tokenizer")
+                huggingface.export_weights(self.config.model, params, folder, tokenizer=tokenizer)
         return folder
 
     @functools.cached_property
@@ -238,7 +239,7 @@ def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> N
     model, params, tokenizer = load(reference, trust_code=trust_code)
     if type(model) is not gpt2.GPT2 or model.block is not gpt2.Block:
         raise InputError("MODEL", reference, "has a structure of its own (MODEL in its experiment file)", "Only GPT-2 as Hugging Face has it is exported")
-    huggingface.export_weights(model.config, on_host(params), folder, tokenizer_folder=huggingface.resolve(reference) if False else None)
+    huggingface.export_weights(model.config, on_host(params), folder, tokenizer=tokenizer)
 
 
 def evaluate_reference(reference: str, *, text: str | None, trust_code: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Training: the state, the step, and the loop."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mlm_jax import checkpoint, metrics, objectives, optim, sharding
-from mlm_jax.config import Config
+from mlm_jax.config import Config, InputError
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.tokens import open_tokens, read_manifest
 from mlm_jax.evaluate import make_eval_step, mean_loss
@@ -39,7 +40,7 @@ def make_train_step(model: gpt2.Model, tx: optax.GradientTransformation, seed: i
         loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens_BW, dropout_key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
@@ -60,6 +61,9 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
     """
     c = config.train
     mesh = sharding.make_mesh(config.mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if c.batch_size % rows:
+        raise InputError("train.batch_size", c.batch_size, f"not a multiple of the {rows} devices along data and fsdp", "Choose a multiple, or another mesh")
     manifest = read_manifest(tokens)
     batches = Batches(open_tokens(tokens, "train"), context_len=config.model.context_len, batch_size=c.batch_size, seed=c.seed)
     windows = validation_windows(open_tokens(tokens, "val"), config.model.context_len)
@@ -67,7 +71,9 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
 
     tx = optim.optimizer(config.optim, c.steps)
     schedule = optim.schedule(config.optim, c.steps)
-    with jax.sharding.set_mesh(mesh), checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.sharding.set_mesh(mesh))
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints))
         shapes = jax.eval_shape(lambda: init_state(model, tx, c.seed))
         shardings = sharding.shardings(mesh, shapes)
         done = max(checkpoint.steps_in(run / "checkpoints"), default=0)
@@ -84,7 +90,7 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
         peak = metrics.peak_flops(jax.devices()[0].device_kind)
         flops = metrics.flops_per_token(config.model, n_params)
         shape = (c.batch_size, config.model.context_len + 1)
-        history = metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)
+        history = stack.enter_context(contextlib.closing(metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)))
         progress_line = metrics.Progress(c.steps, done)
         progress_line.note(f"{n_params:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; " + (f"going on from step {done}" if done else "from scratch"))
 
@@ -125,5 +131,4 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
                 checkpoints.save(step, state.params, {"step": state.step, "opt_state": state.opt_state})
             if validate or save:
                 clock = time.monotonic()
-        history.close()
     return state

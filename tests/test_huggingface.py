@@ -376,7 +376,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused_in_both_d
     with pytest.raises(InputError, match=r"vocab_size = 97: the tokenizer beside it has 257 tokens"):
         huggingface.import_weights(folder)
     with pytest.raises(InputError, match=r"model\.vocab_size = 97: the tokenizer has 257 tokens"):
-        huggingface.export_weights(*huggingface.import_weights(GOLDEN), tmp_path / "out", tokenizer_folder=folder)
+        huggingface.export_weights(*huggingface.import_weights(GOLDEN), tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(folder))
     assert not (tmp_path / "out").exists()
 
 
@@ -389,7 +389,7 @@ def test_a_model_with_more_rows_than_tokens_is_imported(folder: Path, tokens: Pa
 
 
 def test_the_exported_config_json_is_hugging_faces_and_says_the_same_model(tmp_path: Path, tokens: Path) -> None:
-    out = huggingface.export_weights(*huggingface.import_weights(GOLDEN), tmp_path / "out", tokenizer_folder=tokens)
+    out = huggingface.export_weights(*huggingface.import_weights(GOLDEN), tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(tokens))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, GOLDEN))
     eot = tokenizer.Tokenizer.load(tokens).eot_id
     added = {"n_ctx": T, "n_inner": 4 * D, "bos_token_id": eot, "eos_token_id": eot, "transformers_version": transformers.__version__}
@@ -413,7 +413,7 @@ def test_transformers_loads_the_exported_tokenizer_and_gives_the_same_tokens(tmp
     made.save(tmp_path / "tokenizer")
     config = ModelConfig(vocab_size=made.vocab_size, context_len=T, n_layers=1, n_heads=1, d_model=4, d_ff=4)
     params = gpt2.init(gpt2.GPT2(config), jax.random.key(0))
-    out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer_folder=tmp_path / "tokenizer")
+    out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(tmp_path / "tokenizer"))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.encode(TEXT) == made.encode(TEXT).tolist()
     assert theirs.decode(theirs.encode(TEXT)) == TEXT
@@ -613,7 +613,7 @@ def test_a_random_gpt2_saved_by_transformers_gives_pytorchs_logits_and_loss(tmp_
 def test_transformers_loads_our_export_and_gives_our_logits(tmp_path: Path, tokens: Path) -> None:
     torch, _ = torch_and_maker()
     config, params = huggingface.import_weights(GOLDEN)
-    out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer_folder=tokens)
+    out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(tokens))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report  # nothing missing, unexpected or misshapen
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr() and model.dtype == torch.float32
@@ -646,8 +646,8 @@ def test_a_random_gpt2_of_124m_parameters_gives_pytorchs_logits_loss_and_greedy_
     np.testing.assert_allclose(logits_BTV, theirs_BTV, rtol=0, atol=1e-4)
     assert loss == pytest.approx(their_loss, abs=1e-5)
 
-    prompt = tokens_BT[0, :8]
-    theirs = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 8:].tolist()
+    prompt = tokens_BT[0, :8].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 8:].tolist()
     assert len(set(theirs)) > 8 and 50256 not in theirs  # no loop that agrees by chance, and no early end
     greedy = decode.Sampling(temperature=0.0)
     ours = decode.continuations(gpt2.GPT2(config), params, prompt, num=1, max_tokens=64, eot_id=50256, sampling=greedy, seed=0)

@@ -24,7 +24,13 @@ def write_run(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(to_json(CONFIG))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS + VALIDATIONS))
-    run = {"git_commit": "abc123", "versions": {"jax": "0.10.2"}, "device": "1 x TPU v5e", "parameters": 124439808, "files": {"hidden": 1}}
+    run = {
+        "experiment": {"module": "experiments.small", "files": []},
+        "git_commit": "abc123",
+        "versions": {"jax": "0.10.2"},
+        "device": "1 x TPU v5e",
+        "parameters": 124439808,
+    }
     (folder / "run.json").write_text(json.dumps(run))
     evaluation = {"val_loss": 3.25, "val_bits_per_byte": 1.5, "xz_bits_per_byte": 2.25, "xz_primed_bits_per_byte": 1.75, "other": [1, 2]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -43,7 +49,7 @@ def test_a_page_shows_what_each_file_of_the_run_holds(tmp_path):
     text = text_of(path.read_text("utf-8"))
     for shown in (
         "small",
-        "git commit abc123",
+        "experiment experiments.small git commit abc123",
         "versions jax 0.10.2",
         "device 1 x TPU v5e",
         "parameters 124,439,808",
@@ -58,7 +64,7 @@ def test_a_page_shows_what_each_file_of_the_run_holds(tmp_path):
         "clip_norm 1.0",
     ):
         assert shown in text, shown
-    assert "clip_norm 1.0 default" not in text and "hidden" not in text
+    assert "clip_norm 1.0 default" not in text
 
 
 def test_the_page_runs_nothing_and_loads_nothing(tmp_path):
