@@ -10,6 +10,6 @@ CONFIG = Config(
     model=ModelConfig(n_layers=4, n_heads=4, d_model=256, d_ff=1024, context_len=128, dropout=0.0, unroll_layers=True),
     data=DataConfig(source="python-docs", tokenizer="bpe", bpe_vocab_size=2048, val_fraction=0.1),
     optim=OptimConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=100),
-    train=TrainConfig(steps=2000, batch_size=8, eval_every=250, save_every=500),
+    train=TrainConfig(steps=1400, batch_size=8, eval_every=200, save_every=700),
     sample=SampleConfig(num=3, max_tokens=120),
 )

@@ -28,8 +28,8 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         """Makes the folder; the newest `keep` checkpoints stay in it."""
         self.folder = folder
-        policies = ocp.training.preservation_policies
-        self._orbax = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True)
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)  # Any: its own protocol's types disagree with it
+        self._orbax = ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True)
         self._writing: tuple[Path, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -70,7 +70,7 @@ def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any
     _check_whole(folder)
     wanted = {"params": params} | ({} if progress is None else {"progress": progress})
     try:
-        stored = ocp.checkpointables_metadata(folder.absolute()).metadata
+        stored = ocp.checkpointables_metadata(str(folder.absolute())).metadata
     except Exception as e:  # a damaged file surfaces as whatever the storage layer raised
         raise _damaged(folder, e) from e
     for part, tree in wanted.items():
@@ -78,7 +78,7 @@ def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any
             raise _damaged(folder, f"no readable {part}")
         _check_same_arrays(folder / part, stored[part], tree)
     try:
-        found = ocp.load_checkpointables(folder.absolute(), wanted)
+        found = ocp.load_checkpointables(str(folder.absolute()), wanted)
     except Exception as e:
         raise _damaged(folder, e) from e
     return found["params"], found.get("progress")
@@ -135,9 +135,10 @@ def _damaged(folder: Path, reason: object) -> InputError:
 def _check_same_arrays(part: Path, stored: Any, wanted: Any) -> None:
     """Raises InputError, naming each array that is missing, extra or of another shape."""
     have, want = _shapes(stored), _shapes(wanted)
-    wrong = [f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'none')}" for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
-    if wrong:
-        raise InputError("checkpoint", str(part), f"does not hold this model's arrays: {', '.join(wrong)}", "Use the configuration it was trained with")
+    names = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if names:
+        wrong = ", ".join(f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'none')}" for name in names)
+        raise InputError("checkpoint", str(part), f"does not hold this model's arrays: {wrong}", "Use the configuration it was trained with")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

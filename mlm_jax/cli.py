@@ -7,13 +7,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 STAGES = ("prepare", "train", "evaluate", "sample", "export", "report")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Runs one command and returns its exit status; `--help` and wrong arguments leave by SystemExit, as argparse does."""
     args = parser().parse_args(argv)
     from mlm_jax.config import InputError
 
@@ -32,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mlm-jax: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nmlm-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        after = "; the same command goes on from the last checkpoint" if "experiment" in args else ""
+        print(f"\nmlm-jax: interrupted{after}", file=sys.stderr)
         return 130
     except Exception as e:
         if args.traceback:
@@ -43,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    top = argparse.ArgumentParser(prog="mlm-jax", description="Train GPT-2 in JAX: raw text to a trained, evaluated, talking, exported model.")
-    common = argparse.ArgumentParser(add_help=False)
+    top = Parser(prog="mlm-jax", description="Train GPT-2 in JAX: raw text to a trained, evaluated, talking, exported model.")
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout; everything else goes to stderr")
     common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     verbs = top.add_subparsers(metavar="VERB", required=True)
@@ -112,6 +120,7 @@ def _run(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
+    made.check_devices()
     for stage in STAGES:
         getattr(made, stage)()
     print(f"done: {made.folder} (report.html, samples.txt, hf/)", file=sys.stderr)
@@ -126,6 +135,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
+    made.check_devices()
     made.prepare()
     made.train()
     return {"run": str(made.folder), "step": made.config.train.steps}

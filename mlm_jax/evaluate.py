@@ -60,7 +60,7 @@ def measure(model: Any, params: Any, tokens: Tokens, mesh: jax.sharding.Mesh, *,
     nats = loss * n_tokens
     return {
         "val_loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(min(loss, 700.0)),  # a float holds no more
         "val_bits_per_byte": nats / math.log(2) / n_bytes,
         "val_nats_per_character": nats / n_characters,
         "val_tokens": n_tokens,
@@ -85,8 +85,9 @@ def compressors(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
 
 def describe(result: dict[str, Any]) -> str:
     """The figures of `measure` and `compressors` in words."""
+    nats = f"{result['val_loss']:.4f} nats/token, perplexity {result['perplexity']:.2f}, {result['val_nats_per_character']:.4f} nats/character"
     lines = [
-        f"evaluate: {result['val_loss']:.4f} nats/token, perplexity {result['perplexity']:.2f}, {result['val_nats_per_character']:.4f} nats/character",
+        f"evaluate: {nats}",
         f"validation, {result['val_bytes']:,} bytes:  model {result['val_bits_per_byte']:.4f} bits/byte",
     ]
     if "xz_bits_per_byte" in result:

@@ -68,8 +68,8 @@ def load(reference: str) -> Experiment:
         parts = path.relative_to(root).with_suffix("").parts
     else:
         root, parts = Path.cwd(), tuple(reference.split("."))
-    if not all(part.isidentifier() for part in parts):
-        raise InputError("EXPERIMENT", reference, "not the name of a Python module", "Use letters, digits and _ in the names of files and folders")
+    if not all(part and "." not in part for part in parts):
+        raise InputError("EXPERIMENT", reference, "not the name of a Python module", "Use names without dots, for example experiments/tiny.py")
     return _execute(".".join(parts), _Finder(_beside(root)))
 
 
@@ -89,12 +89,14 @@ def _execute(module: str, finder: "_Finder") -> Experiment:
         raise InputError("EXPERIMENT", module, f"imports {e.name}, which is not there", "Install it, or run from the folder that has it") from e
     except (Exception, SystemExit) as e:
         raise InputError("EXPERIMENT", module, f"does not run ({type(e).__name__}: {e})", "Mend the file (--traceback shows where)") from e
-    config, build = getattr(loaded, "CONFIG", None), getattr(loaded, "MODEL", None)
+    config: Any = getattr(loaded, "CONFIG", None)
+    build: Any = getattr(loaded, "MODEL", None)
     if not isinstance(config, Config):
         raise InputError("EXPERIMENT", module, "defines no CONFIG of type mlm_jax.config.Config", "Define CONFIG = Config(name=..., ...)")
-    if build is not None and not callable(build):
+    structural = build is not None
+    if structural and not callable(build):
         raise InputError("EXPERIMENT", module, "MODEL cannot be called", "Define MODEL so that MODEL(config.model) is a Flax module")
-    return Experiment(config, build or gpt2.GPT2, build is not None, module, finder.all_files(module))
+    return Experiment(config, build if structural else gpt2.GPT2, structural, module, finder.all_files(module))
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
@@ -249,7 +251,9 @@ def rebuild(recorded: Any, config: ModelConfig, run: Path, *, trust_code: bool) 
 def _not_ours(origin: Path, relative: str, run: Path) -> str:
     """Why a recorded file may not be executed from where it stood; empty if it may."""
     # A run that was made elsewhere can name any path: one relative to this directory, or through a link, may lead back to what came with it.
-    if not origin.is_absolute() or not origin.is_file() or origin.resolve() != origin or origin.parts[-len(Path(relative).parts) :] != Path(relative).parts:
+    if not origin.is_absolute() or not origin.is_file() or origin.resolve() != origin:
+        return "not on this machine"
+    if origin.parts[-len(Path(relative).parts) :] != Path(relative).parts:
         return "not on this machine"
     if origin.is_relative_to(run.resolve()) or (hasattr(os, "getuid") and origin.stat().st_uid != os.getuid()):
         return "somebody else's"

@@ -51,11 +51,12 @@ class MetricsFile:
         """Opens `path` for appending, without the rows after step `resume_at` that an interrupted run left."""
         rows = [row for row in read_metrics(path) if row["step"] <= resume_at] if path.exists() else []
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Appends one row, which a kill of the process leaves in the file."""
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -94,6 +95,7 @@ class Progress:
         self.shown = -float("inf")
 
     def show(self, done: int, facts: str, *, always: bool = False) -> None:
+        """Says how many steps are done, and `facts`; not more often than is readable, unless `always`."""
         now = time.monotonic()
         if now - self.shown < (0.2 if self.live else 10) and not always:
             return

@@ -1,12 +1,13 @@
 """A run directory: what it records, the stages that fill it, and the one function that loads a model from it or from elsewhere.
 
-    config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  checkpoints/  evaluation.json  samples.txt  hf/  report.html
+config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  checkpoints/  evaluation.json  samples.txt  hf/  report.html
 """
 
 import functools
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from mlm_jax import checkpoint, decode, evaluate, experiment, huggingface, repor
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
 from mlm_jax.data import tokens as token_shards
+from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.clean import Audit, clean
 from mlm_jax.data.text import documents as documents_of
 from mlm_jax.data.tokenizer import Tokenizer
@@ -39,63 +41,99 @@ class Run:
         self.experiment, self.folder, self.say = exp, folder, say
         self.config = exp.config
         self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
-        self.check()
+        self._check_folder()
 
     @property
     def leads(self) -> bool:
         """This process is the one that writes."""
         return jax.process_index() == 0
 
-    def check(self) -> None:
+    def _check_folder(self) -> None:
         """Raises InputError where the directory is not this run's."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError("--out", str(self.folder), "is a file", "Name a directory")
         path = self.folder / "config.json"
         if not path.is_file():
-            others = sorted(p.name for p in self.folder.iterdir() if p.name != "tokens" and not p.name.startswith(".")) if self.folder.is_dir() else []
+            ours = {"tokens"} | ({"run.json", "code", "tokenizer"} if (self.folder / "run.json").is_file() else set())  # of a start that was cut off
+            others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.name[0] != ".") if self.folder.is_dir() else []
             if others:
                 raise InputError("--out", str(self.folder), f"holds {others[0]} and is no run", "Name a new directory")
             return
-        there = from_json(path.read_text(encoding="utf-8"), where=str(path))
-        wanted = self.config
-        if not wanted.model.vocab_size:  # the run took the tokenizer's
-            wanted = override(wanted, {"model.vocab_size": there.model.vocab_size})
-        changes = diff(there, wanted)
+        there = read_config(self.folder)
+        wanted = override(self.config, {"model.vocab_size": self.config.model.vocab_size or there.model.vocab_size})  # 0 took the tokenizer's
+        changes = {field: values for field, values in diff(there, wanted).items() if not field.startswith("mesh.")}  # other devices may go on with it
         if changes:
             shown = ", ".join(f"{field} {a!r} -> {b!r}" for field, (a, b) in changes.items())
             raise InputError("--out", str(self.folder), f"holds a run of another configuration ({shown})", "Name a new directory with --out")
-        recorded = read_json(self.folder / "run.json")["experiment"]
+        recorded = experiment.check_record(read_json(self.folder / "run.json").get("experiment"), self.folder)
         changed = experiment.changed_files(recorded, self.experiment)
         if changed and (recorded["structural"] or self.experiment.structural):
-            raise InputError("EXPERIMENT", ", ".join(changed), f"changed since the run in {self.folder} was started", "Restore it, or name a new directory with --out")
+            remedy = "Restore it, or name a new directory with --out"
+            raise InputError("EXPERIMENT", ", ".join(changed), f"changed since the run in {self.folder} was started", remedy)
         if changed:
             self.say(f"note: {', '.join(changed)} changed since the run was started; the configuration is the same, so it goes on")
 
+    def check_devices(self) -> None:
+        """Raises InputError where the devices at hand cannot share the work as the configuration says."""
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        batch_size = self.config.train.batch_size
+        if batch_size % rows:
+            reason = f"not a multiple of the {rows} devices along data and fsdp"
+            raise InputError("train.batch_size", batch_size, reason, "Choose a multiple, or another mesh")
+
     def prepare(self) -> token_shards.Manifest:
-        """Text to token shards; then the run's own files: configuration, provenance, tokenizer."""
-        fresh = not (self.tokens / "manifest.json").is_file()
-        if self.leads:
-            token_shards.prepare(self.config.data, self.tokens)
-        barrier("prepare")
-        manifest = token_shards.read_manifest(self.tokens)
-        V = self.config.model.vocab_size
-        if V and V < manifest.vocab_size:
-            raise InputError("model.vocab_size", V, f"smaller than the tokenizer's {manifest.vocab_size}", "Set it to 0 to take the tokenizer's")
-        self.config = override(self.config, {"model.vocab_size": V or manifest.vocab_size})
-        if fresh:
-            self.say(f"prepare: {', '.join(f'{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {n}' for n, s in manifest.splits.items())}")
+        """Text to token shards; then the run's own files: configuration, provenance, tokenizer. Returns the manifest of the shards.
+
+        Raises:
+          InputError: the text cannot be used, or does not fit the model; nothing of a new run is left then.
+        """
+        new_folder, new_tokens = not self.folder.exists(), not self.tokens.exists()
+        try:
+            if self.leads:
+                token_shards.prepare(self.config.data, self.tokens)
+            barrier("prepare")
+            manifest = token_shards.read_manifest(self.tokens)
+            tokenizer = Tokenizer.load(self.tokens / "tokenizer")
+            self._check_text(manifest, tokenizer)
+        except InputError:
+            if self.leads:  # else the mended input would meet the shards of the bad one
+                if new_tokens and not self.config.data.tokens:
+                    shutil.rmtree(self.tokens, ignore_errors=True)
+                if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            raise
+        self.config = override(self.config, {"model.vocab_size": self.config.model.vocab_size or manifest.vocab_size})
+        if new_tokens:
+            parts = [f"{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {name}" for name, s in manifest.splits.items()]
+            self.say(f"prepare: {', '.join(parts)}")
         if self.leads and not (self.folder / "config.json").is_file():
-            Tokenizer.load(self.tokens / "tokenizer").save(self.folder / "tokenizer")
+            shutil.rmtree(self.folder / "code", ignore_errors=True)  # of a start that was cut off
             write_json(self.folder / "run.json", self.provenance())
+            experiment.copy_code(self.experiment, self.folder)
+            tokenizer.save(self.folder / "tokenizer")
             write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
         barrier("configuration")
         return manifest
+
+    def _check_text(self, manifest: token_shards.Manifest, tokenizer: Tokenizer) -> None:
+        """Raises InputError where these tokens, or the prompt of the samples, do not fit the model."""
+        vocab_size, T = self.config.model.vocab_size, self.config.model.context_len
+        if 0 < vocab_size < manifest.vocab_size:
+            reason = f"smaller than the tokenizer's {manifest.vocab_size}"
+            raise InputError("model.vocab_size", vocab_size, reason, "Set it to 0 to take the tokenizer's")
+        Batches(token_shards.open_tokens(self.tokens, "train"), context_len=T, batch_size=self.config.train.batch_size, seed=0)
+        validation_windows(token_shards.open_tokens(self.tokens, "val"), T)
+        c = self.config.sample
+        n_prompt = len(tokenizer.encode(c.prompt)) if c.prompt else 1
+        if n_prompt + c.max_tokens > T:
+            remedy = f"Ask for at most {T - n_prompt}" if n_prompt < T else "Shorten sample.prompt"
+            raise InputError("sample.max_tokens", c.max_tokens, f"with {n_prompt} prompt tokens more than model.context_len = {T}", remedy)
 
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions, machine."""
         device = jax.devices()[0].device_kind
         return {
-            "experiment": experiment.record(self.experiment, self.folder),
+            "experiment": experiment.record(self.experiment),
             "git_commit": git_commit(),
             "versions": {"python": platform.python_version()} | {p: version for p in PACKAGES if (version := _version(p))},
             "device": f"{jax.device_count()} x {device}",
@@ -109,9 +147,9 @@ class Run:
             training.train(self.config, self.experiment.build(self.config.model), self.tokens, self.folder)
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss over the whole validation split, and what xz needs for the same text, in evaluation.json."""
+        """Loss over the whole validation split, and what xz needs for the same text, as evaluation.json holds them."""
         path = self.folder / "evaluation.json"
-        if path.is_file():
+        if self._is_done(path):
             return read_json(path)
         model, params, tokenizer = self.trained
         split = token_shards.read_manifest(self.tokens).splits["val"]
@@ -125,9 +163,9 @@ class Run:
         return result
 
     def sample(self) -> str:
-        """Text that the trained model writes, in samples.txt."""
+        """Text that the trained model writes, as samples.txt holds it."""
         path, c = self.folder / "samples.txt", self.config.sample
-        if path.is_file():
+        if self._is_done(path):
             return path.read_text(encoding="utf-8")
         settings = {name: getattr(c, name) for name in ("num", "max_tokens", "temperature", "top_k", "top_p")}
         with jax.sharding.set_mesh(self.mesh):
@@ -144,12 +182,25 @@ class Run:
         if self.experiment.structural:
             self.say("export: skipped, Hugging Face GPT-2 cannot express a model of another structure (MODEL in the experiment file)")
             return None
-        if not folder.is_dir():
-            _, params, tokenizer = self.trained
-            params = on_host(params)  # every process takes part
+        if not self._is_done(folder):
+            params = on_host(self.trained.params)
             if self.leads:
-                huggingface.export_weights(self.config.model, params, folder, tokenizer=tokenizer)
+                huggingface.export_weights(self.config.model, params, folder, tokenizer=self.trained.tokenizer)
         return folder
+
+    def report(self) -> Path:
+        """The page that shows the run, report.html; it is drawn anew where what it shows is newer."""
+        page = self.folder / "report.html"
+        shown = [path for name in ("metrics.jsonl", "evaluation.json", "samples.txt") if (path := self.folder / name).is_file()]
+        if self.leads and not (page.is_file() and all(path.stat().st_mtime_ns <= page.stat().st_mtime_ns for path in shown)):
+            report.write_report(self.folder)
+        return page
+
+    def _is_done(self, path: Path) -> bool:
+        """The stage that writes `path` is done. Every process has looked before one of them writes, so all decide alike."""
+        done = path.exists()
+        barrier(f"looked for {path.name}")
+        return done
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -160,10 +211,6 @@ class Run:
     def trained(self) -> "Loaded":
         """The newest checkpoint, on the mesh."""
         return load(self.folder, build=self.experiment.build, mesh=self.mesh)
-
-    def report(self) -> Path:
-        """The page that shows the run."""
-        return report.write_report(self.folder)
 
 
 class Loaded(NamedTuple):
@@ -188,17 +235,14 @@ def load(
     Raises:
       InputError: nothing is there, it is damaged, or it needs code that is not trusted.
     """
-    folder = Path(reference)
-    step = None
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        folder, step = folder.parent.parent, int(folder.name)
+    folder, step = _run_and_step(Path(reference))
     if not (folder / "run.json").is_file():
         hub = huggingface.resolve(str(reference))
         config, params = huggingface.import_weights(hub)
         return Loaded(gpt2.GPT2(config), jax.tree.map(jnp.asarray, params), Tokenizer.load(hub))
-    config = from_json((folder / "config.json").read_text(encoding="utf-8"), where=str(folder / "config.json")).model
-    recorded = read_json(folder / "run.json")
-    model = build(config) if build else experiment.rebuild(recorded["experiment"], config, folder, trust_code=trust_code)
+    config = read_config(folder).model
+    recorded = read_json(folder / "run.json").get("experiment")
+    model = build(config) if build else experiment.rebuild(recorded, config, folder, trust_code=trust_code)
     steps = checkpoint.steps_in(folder / "checkpoints")
     if not steps or (step is not None and step not in steps):
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -207,9 +251,15 @@ def load(
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = sharding.shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-        params, _ = checkpoints.restore(steps[-1] if step is None else step, abstract)
+    params, _ = checkpoint.restore(folder / "checkpoints" / str(steps[-1] if step is None else step), abstract)
     return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))
+
+
+def _run_and_step(reference: Path) -> tuple[Path, int | None]:
+    """RUN/checkpoints/STEP as (RUN, STEP); any other path as (path, None)."""
+    if reference.parent.name == "checkpoints" and reference.name.isdigit():
+        return reference.parent.parent, int(reference.name)
+    return reference, None
 
 
 def import_model(reference: str, folder: Path) -> None:
@@ -238,7 +288,8 @@ def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> N
     """
     model, params, tokenizer = load(reference, trust_code=trust_code)
     if type(model) is not gpt2.GPT2 or model.block is not gpt2.Block:
-        raise InputError("MODEL", reference, "has a structure of its own (MODEL in its experiment file)", "Only GPT-2 as Hugging Face has it is exported")
+        reason = "has a structure of its own (MODEL in its experiment file)"
+        raise InputError("MODEL", reference, reason, "Export a model that is GPT-2 as Hugging Face has it")
     huggingface.export_weights(model.config, on_host(params), folder, tokenizer=tokenizer)
 
 
@@ -251,15 +302,16 @@ def evaluate_reference(reference: str, *, text: str | None, trust_code: bool) ->
     model, params, tokenizer = load(reference, trust_code=trust_code)
     if text:
         documents = [d.text for d in clean(documents_of(DataConfig(source=text)), Audit())]
+        if not documents:
+            raise InputError("--text", text, "holds no text", "Name a file or folder of text")
         ids = [np.concatenate([[tokenizer.eot_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(documents)]
         tokens = token_shards.Tokens([np.concatenate(ids)])
         n_bytes, n_characters = sum(len(d.encode()) for d in documents), sum(map(len, documents))
     else:
-        run = Path(reference)
-        run = run.parent.parent if run.parent.name == "checkpoints" else run
-        if not (run / "config.json").is_file() or read_json(run / "run.json").get("imported_from"):
+        run, _ = _run_and_step(Path(reference))
+        if not (run / "run.json").is_file() or "imported_from" in read_json(run / "run.json"):
             raise InputError("MODEL", reference, "has no validation split", "Give a text with --text")
-        data = from_json((run / "config.json").read_text(encoding="utf-8"), where=str(run / "config.json")).data
+        data = read_config(run).data
         folder = Path(data.tokens) if data.tokens else run / "tokens"
         split = token_shards.read_manifest(folder).splits["val"]
         tokens, n_bytes, n_characters = token_shards.open_tokens(folder, "val"), split.bytes, split.characters
@@ -280,16 +332,28 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def read_config(run: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      InputError: there is none, or it is not valid.
+    """
+    return from_json(json.dumps(read_json(run / "config.json")), where=str(run / "config.json"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a run.
 
     Raises:
       InputError: there is none.
     """
+    remedy = "Restore the file, or start the run in a new directory"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise InputError(str(path), "", f"cannot be read as JSON ({e})", "Restore the file, or start the run in a new directory") from e
+        raise InputError(str(path), "", f"cannot be read as JSON ({e})", remedy) from e
+    if not isinstance(value, dict):
+        raise InputError(str(path), "", "not a JSON object", remedy)
     return value
 
 
@@ -308,9 +372,13 @@ def write_text(path: Path, text: str) -> None:
 
 def git_commit() -> str | None:
     """The commit of the checkout that mlm_jax runs from, with "-dirty" where files differ; None outside a checkout."""
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10, check=True)  # noqa: E731
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        return git("rev-parse", "HEAD").stdout.strip() + ("-dirty" if git("status", "--porcelain").stdout.strip() else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

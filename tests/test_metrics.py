@@ -1,0 +1,110 @@
+"""metrics.jsonl has each step once whatever happened before; figures that are multiplied and divided by hand."""
+
+import io
+import json
+
+import jax
+import pytest
+
+from mlm_jax import metrics
+from mlm_jax.config import InputError, ModelConfig
+from mlm_jax.model import gpt2
+
+
+def write(path, *lines):
+    path.write_text("".join(lines))
+    return path
+
+
+def row(step, **values):
+    return json.dumps({"step": step, **values}) + "\n"
+
+
+def test_rows_are_appended_and_read_back(tmp_path):
+    history = metrics.MetricsFile(tmp_path / "metrics.jsonl", resume_at=0)
+    history.write({"step": 1, "loss": 2.5})
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]  # at once: a kill loses nothing
+    history.write({"step": 2, "loss": float("nan")})
+    history.close()
+    assert [r["step"] for r in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_resuming_drops_the_rows_that_come_again(tmp_path):
+    path = write(tmp_path / "metrics.jsonl", row(1, loss=3), row(2, loss=2), row(2, val_loss=2), row(3, loss=1))
+    history = metrics.MetricsFile(path, resume_at=2)
+    history.write({"step": 3, "loss": 1.5})
+    history.close()
+    assert metrics.read_metrics(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "val_loss": 2}, {"step": 3, "loss": 1.5}]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"st', '{"step": 2', "\udcff\udcfe"])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((row(1, loss=3) + torn).encode(errors="surrogateescape"))
+    assert metrics.read_metrics(path) == [{"step": 1, "loss": 3}]
+    history = metrics.MetricsFile(path, resume_at=1)
+    history.write({"step": 2, "loss": 2})
+    history.close()
+    assert [r["step"] for r in metrics.read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["words\n", "[1]\n", '{"loss": 1}\n', '{"step": "one"}\n', "\n"])
+def test_a_bad_line_in_the_middle_is_named(tmp_path, line):
+    path = write(tmp_path / "metrics.jsonl", row(1), line, row(2))
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a JSON object with a step\. Remove the line\."):
+        metrics.read_metrics(path)
+
+
+def test_the_peak_of_a_device_is_that_of_the_longest_name_that_fits():
+    assert metrics.peak_flops("TPU v5 lite") == 197e12
+    assert metrics.peak_flops("TPU v5p") == 459e12
+    assert metrics.peak_flops("TPU v5") == 459e12  # what JAX calls a v5p
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert metrics.peak_flops("cpu") is None
+
+
+def test_the_flops_of_a_small_model_match_a_count_of_its_matrix_products():
+    config = ModelConfig(vocab_size=50, context_len=8, n_layers=3, n_heads=2, d_model=16, d_ff=64)
+    n_params = gpt2.n_params(jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0))))
+    D, F, L, T, V = 16, 64, 3, 8, 50
+    products = L * (4 * D * D + 2 * D * F) + D * V  # multiplications of a token with weights, forward
+    scores = L * 2 * T * D  # with keys and with values
+    vectors = L * (4 * D + 4 * D + F + D) + 2 * D + T * D  # biases and gains, positions: the formula counts them too
+    assert metrics.flops_per_token(config, n_params) == 3 * 2 * (products + scores + vectors)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_without_a_terminal_the_progress_is_plain_lines_and_few(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = metrics.Progress(100, 20, out)
+    for step in range(21, 51):
+        now[0] += 1.0
+        progress.show(step, f"loss {step}")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "step  21/100  loss 21  ETA 1m19s"
+    assert [line.split()[1] for line in lines] == ["21/100", "31/100", "41/100"]
+    progress.note("a note")
+    progress.show(51, "loss 51", always=True)
+    assert out.getvalue().splitlines()[-2:] == ["a note", "step  51/100  loss 51  ETA 47s"]
+
+
+def test_on_a_terminal_the_line_is_redrawn_and_a_note_stays():
+    out = Terminal()
+    progress = metrics.Progress(10, 0, out)
+    progress.show(1, "loss 1", always=True)
+    progress.note("validated")
+    progress.show(2, "loss 2", always=True)
+    first, note, second = out.getvalue().split("\r\x1b[K")[1:]
+    assert "\n" not in first and note == "validated\n" and second.startswith("step  2/10  loss 2")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (200, "3m20s"), (3599.6, "1h00m"), (18420, "5h07m")])
+def test_durations_read_well(seconds, words):
+    assert metrics.duration(seconds) == words
