@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,9 +41,9 @@ def theirs(folder: str, num: int, length: int) -> Callable[[], None]:
     import torch
     import transformers
 
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     ids = torch.tensor([tokenizers.gpt2().encode(PROMPT).tolist()])
-    settings = dict(do_sample=True, top_k=0, num_return_sequences=num, min_new_tokens=length, max_new_tokens=length, pad_token_id=NEVER)
+    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": num, "min_new_tokens": length, "max_new_tokens": length, "pad_token_id": NEVER}
 
     def run() -> None:
         with torch.no_grad():

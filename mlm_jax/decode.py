@@ -66,7 +66,18 @@ def prefill(model: Any, params: Any, prompt_BT: Int[Any, "B T"], length: Any, *,
 
 @functools.partial(jax.jit, static_argnames=("model", "n", "room", "sampling", "eot_id"))
 def decode(
-    model: Any, params: Any, cache: Any, logits_1V: Float[Array, "1 V"], length: Any, max_tokens: Any, key: Array, *, n: int, room: int, sampling: Sampling, eot_id: int
+    model: Any,
+    params: Any,
+    cache: Any,
+    logits_1V: Float[Array, "1 V"],
+    length: Any,
+    max_tokens: Any,
+    key: Array,
+    *,
+    n: int,
+    room: int,
+    sampling: Sampling,
+    eot_id: int,
 ) -> Int[Array, "B T"]:
     """`max_tokens` new tokens for each of `n` continuations of a prompt of `length` tokens, whose cache and last logits have B = 1.
 
@@ -74,7 +85,10 @@ def decode(
     (key, i, position), so it does not depend on how many others are drawn.
     """
     keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
-    pick = lambda logits_BV, i: choose(logits_BV, jax.vmap(lambda k: jax.random.fold_in(k, i))(keys_B), sampling)  # noqa: E731
+
+    def pick(logits_BV: Array, i: Any) -> Array:
+        return choose(logits_BV, jax.vmap(lambda key: jax.random.fold_in(key, i))(keys_B), sampling)
+
     cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), cache)
     tokens_B = pick(jnp.repeat(logits_1V, n, axis=0), 0)
     out_BT = jnp.full((n, room), eot_id, jnp.int32).at[:, 0].set(tokens_B)
@@ -100,7 +114,15 @@ def bucket(n: int, limit: int) -> int:
 
 
 def continuations(
-    model: gpt2.Model, params: Any, prompt: Sequence[int] | Int[np.ndarray, "_"], *, num: int, max_tokens: int, eot_id: int, sampling: Sampling, seed: int
+    model: gpt2.Model,
+    params: Any,
+    prompt: Sequence[int] | Int[np.ndarray, "_"],
+    *,
+    num: int,
+    max_tokens: int,
+    eot_id: int,
+    sampling: Sampling,
+    seed: int,
 ) -> list[Int[np.ndarray, "_"]]:
     """`num` continuations of a prompt of token ids, each of at most `max_tokens` ids and without the `eot_id` that ended it.
 

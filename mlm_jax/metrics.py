@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mlm_jax.config import InputError, ModelConfig
 
@@ -87,7 +87,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """A line that says how far the work is: redrawn in place on a terminal, printed every ten seconds elsewhere."""
 
-    def __init__(self, total: int, done: int = 0, out: TextIO | None = None) -> None:
+    def __init__(self, total: int, done: int = 0, out: Any = None) -> None:
+        """`out` is a text stream, without one sys.stderr; `done` of `total` steps were done before."""
         self.total, self.first = total, done
         self.out = sys.stderr if out is None else out
         self.live = self.out.isatty()

@@ -26,7 +26,5 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
     Source: Loshchilov & Hutter 2019, algorithm 2; decoupled decay is scaled by the learning rate, as in PyTorch.
     """
-    adamw = optax.adamw(
-        schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_decayed
-    )
+    adamw = optax.adamw(schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_decayed)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

@@ -5,6 +5,7 @@ annotated. The role is the name's prefix: w_ weight, b_ bias, scale_ gain.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from mlm_jax.config import InputError, MeshConfig
 RULES: dict[str, tuple[str, ...]] = {"B": ("data", "fsdp"), "D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all), with axes data, fsdp and tensor.
 
     Raises:
@@ -100,7 +101,7 @@ def put_rows(rows: Any, shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.A
     """A global batch on the mesh; `rows(start, stop)` is called for just the rows that this process's devices hold."""
     sharding = NamedSharding(mesh, spec("B" + "." * (len(shape) - 1)))
 
-    def local(index: tuple[slice, ...]) -> np.ndarray:
+    def local(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         return np.asarray(rows(start, stop), dtype)
 

@@ -32,7 +32,7 @@ def make_train_step(model: gpt2.Model, tx: optax.GradientTransformation, seed: i
 
     def loss_fn(params: Any, tokens_BW: Int[Array, "B W"], dropout_key: Array) -> Float[Array, ""]:
         examples = objectives.causal(tokens_BW)
-        logits_BTV = model.apply({"params": params}, examples.inputs_BT, train=True, rngs={"dropout": dropout_key})
+        logits_BTV: Any = model.apply({"params": params}, examples.inputs_BT, train=True, rngs={"dropout": dropout_key})
         return objectives.weighted_mean(objectives.cross_entropy(logits_BTV, examples.targets_BT), examples.weights_BT)
 
     def train_step(state: TrainState, tokens_BW: Int[Array, "B W"]) -> tuple[TrainState, dict[str, Array]]:
@@ -63,7 +63,9 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
     mesh = sharding.make_mesh(config.mesh)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if c.batch_size % rows:
-        raise InputError("train.batch_size", c.batch_size, f"not a multiple of the {rows} devices along data and fsdp", "Choose a multiple, or another mesh")
+        raise InputError(
+            "train.batch_size", c.batch_size, f"not a multiple of the {rows} devices along data and fsdp", "Choose a multiple, or another mesh"
+        )
     manifest = read_manifest(tokens)
     batches = Batches(open_tokens(tokens, "train"), context_len=config.model.context_len, batch_size=c.batch_size, seed=c.seed)
     windows = validation_windows(open_tokens(tokens, "val"), config.model.context_len)
@@ -92,11 +94,13 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
         shape = (c.batch_size, config.model.context_len + 1)
         history = stack.enter_context(contextlib.closing(metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)))
         progress_line = metrics.Progress(c.steps, done)
-        progress_line.note(f"{n_params:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; " + (f"going on from step {done}" if done else "from scratch"))
+        progress_line.note(
+            f"{n_params:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; " + (f"going on from step {done}" if done else "from scratch")
+        )
 
         def write(step: int, measured: dict[str, Array], seconds: float) -> None:
             """Waits for the figures of `step` (the device is then a step ahead) and writes them down."""
-            row = {"step": step, **{name: float(value) for name, value in measured.items()}, "lr": float(schedule(step - 1))}
+            row = {"step": step, **{name: float(value) for name, value in measured.items()}, "lr": float(jnp.asarray(schedule(step - 1)))}
             row["tokens_per_s"] = round(c.batch_size * config.model.context_len / seconds, 1)
             if peak:
                 row["mfu"] = row["tokens_per_s"] * flops / (peak * mesh.size)

@@ -19,8 +19,8 @@ def test_two_steps_equal_adamw_by_hand():
 
     # By hand: the first gradient has norm 5 and is clipped to 1, the second has norm 0.3 and stays.
     x = {"w": np.array([1.0, -2.0]), "b": np.array([3.0])}
-    m = {name: 0.0 for name in x}
-    v = {name: 0.0 for name in x}
+    m = dict.fromkeys(x, 0.0)
+    v = dict.fromkeys(x, 0.0)
     state = tx.init(params)
     for t, (g, clip, lr) in enumerate(zip(gradients, (1 / 5, 1.0), (0.05, 0.1), strict=True), start=1):
         for name, full in (("w", "w_up_DF"), ("b", "b_up_F")):

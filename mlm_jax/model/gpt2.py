@@ -141,7 +141,7 @@ class GPT2(nn.Module):
         """
         c = self.config
         T = tokens_BT.shape[1]
-        if T > c.context_len:
+        if c.context_len < T:
             raise InputError("tokens", f"{T} positions", f"model.context_len = {c.context_len} is the most this model can embed", "Shorten the text")
         dtype = jnp.dtype(c.compute_dtype)
         w_token_VD = self.param("w_token_VD", normal(c.init_std), (c.vocab_size, c.d_model))
@@ -160,7 +160,7 @@ class GPT2(nn.Module):
                 lambda block, x, context: (block(x, context), None),
                 variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=c.n_layers,
                 unroll=c.n_layers if c.unroll_layers else 1,
             )
@@ -191,7 +191,7 @@ def init(model: Model, key: jax.Array) -> Params:
 
     Source: openai/gpt-2, src/model.py (0.02 and 0.01).
     """
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def n_params(params: Any) -> int:
