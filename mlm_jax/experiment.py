@@ -14,7 +14,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -90,13 +90,14 @@ def _execute(module: str, finder: "_Finder") -> Experiment:
     except (Exception, SystemExit) as e:
         raise InputError("EXPERIMENT", module, f"does not run ({type(e).__name__}: {e})", "Mend the file (--traceback shows where)") from e
     config: Any = getattr(loaded, "CONFIG", None)
-    build: Any = getattr(loaded, "MODEL", None)
+    build = getattr(loaded, "MODEL", None)
     if not isinstance(config, Config):
         raise InputError("EXPERIMENT", module, "defines no CONFIG of type mlm_jax.config.Config", "Define CONFIG = Config(name=..., ...)")
     structural = build is not None
     if structural and not callable(build):
         raise InputError("EXPERIMENT", module, "MODEL cannot be called", "Define MODEL so that MODEL(config.model) is a Flax module")
-    return Experiment(config, build if structural else gpt2.GPT2, structural, module, finder.all_files(module))
+    make: Any = build if structural else gpt2.GPT2
+    return Experiment(config, make, structural, module, finder.all_files(module))
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
@@ -132,7 +133,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
             waiting += _imports(self.files[relative].code, parts if relative.endswith("__init__.py") else parts[:-1])
         return dict(sorted(self.files.items()))
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         relative = self.locate(fullname)
         if relative is None:  # experiments/ may do without an __init__.py
             return importlib.machinery.ModuleSpec(fullname, None, is_package=True) if fullname == PACKAGE else None

@@ -38,7 +38,7 @@ def commands() -> list[list[str]]:
 
 def run(*command: str) -> None:
     small = [word for change in SMALL for word in ("--set", change)] if command[0] == "run" else []
-    assert cli.main([*command, *small]) == 0, command
+    assert cli.main([*command, *small, "--traceback"]) == 0, command
 
 
 @pytest.fixture(scope="module")
