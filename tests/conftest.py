@@ -72,3 +72,7 @@ def tiny_experiment(tmp_path: Path) -> Path:
     folder = tmp_path / "experiment"
     folder.mkdir()
     return write_experiment(folder)[0]
+
+
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # the tests mostly compile: this halves their time. Child processes compile as a user's do.
+    jax.config.update("jax_disable_most_optimizations", True)

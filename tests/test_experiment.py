@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -142,6 +143,7 @@ def test_a_file_elsewhere_may_build_on_the_experiments_here(lab, tmp_path, monke
 def test_a_folder_without_an_init_file_is_a_package_too(lab, monkeypatch):
     (lab / "experiments/__init__.py").unlink()
     monkeypatch.chdir(lab)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "experiments").is_dir()])  # the checkout's own
     assert experiment.load("experiments.parallel").structural
     assert set(experiment.load("experiments.base").files) == {"experiments/base.py"}
 
@@ -194,7 +196,10 @@ def test_the_code_and_all_that_it_imports_from_experiments_is_recorded(run, lab)
         assert (folder / "code" / f["path"]).read_bytes() == raw
 
 
-@pytest.mark.parametrize("how", ["from . import late", "from .late import x", "import experiments.late", "import importlib; importlib.import_module('experiments.late')"])
+HOW = ["from . import late", "from .late import x", "import experiments.late", "import importlib; importlib.import_module('experiments.late')"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_other_ways_to_import_are_recorded_too(lab, how):
     write(lab, {"experiments/late.py": "x = 1", "experiments/other.py": f"{BASE}\n{how}"})
     assert "experiments/late.py" in experiment.load(str(lab / "experiments/other.py")).files
@@ -339,6 +344,8 @@ def test_a_module_that_is_not_among_the_files_is_refused(run, module, trust_code
     assert f"does not list the code of {module!r}" in refusal(recorded, folder, trust_code=trust_code)
 
 
-@pytest.mark.parametrize("recorded", [None, [], {}, {"module": "x", "structural": 1, "files": []}, {"module": "x", "structural": True, "files": [{"path": 1}]}])
+@pytest.mark.parametrize(
+    "recorded", [None, [], {}, {"module": "x", "structural": 1, "files": []}, {"module": "x", "structural": True, "files": [{"path": 1}]}]
+)
 def test_a_record_of_another_form_is_refused(tmp_path, recorded):
     assert f"{tmp_path / 'run.json'}: does not say what code made the run" in refusal(recorded, tmp_path)

@@ -1,0 +1,357 @@
+"""A run directory: what its stages write, what they skip, and how it resumes and rebuilds itself."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mlm_jax import checkpoint, cli, experiment, runs, sharding
+from mlm_jax.config import InputError, MeshConfig, from_json
+from mlm_jax.metrics import read_metrics
+from mlm_jax.model import gpt2
+
+ROOT = Path(__file__).parents[1]
+
+
+def times(folder):
+    """Every file, and when it was written."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(tiny_run.folder, tmp_path / "run", copy_function=shutil.copy2)
+
+
+def again(tiny_run, folder, *more):
+    return cli.main(["run", str(tiny_run.experiment), "--out", str(folder), "--traceback", *more])
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_explains_itself(tiny_run):
+    folder = tiny_run.folder
+    assert {path.name for path in folder.iterdir()} == set(
+        "config.json run.json code tokens tokenizer metrics.jsonl checkpoints evaluation.json samples.txt hf report.html loss.png".split()
+    )
+    config = from_json((folder / "config.json").read_text())
+    assert config.name == "test" and config.model.vocab_size == 300  # the tokenizer's
+    recorded = json.loads((folder / "run.json").read_text())
+    assert recorded["experiment"]["files"][0]["origin"] == str(tiny_run.experiment)
+    assert (folder / "code/tiny_test.py").read_bytes() == tiny_run.experiment.read_bytes()
+    assert {"python", "jax", "flax", "numpy"} <= recorded["versions"].keys()
+    assert recorded["device"] == "8 x cpu" and recorded["parameters"] == sum(x.size for x in jax.tree.leaves(runs.load(folder).params))
+    assert (folder / "samples.txt").read_text().count("--- sample") == 2
+    assert "Learning curve" in (folder / "report.html").read_text()
+    assert checkpoint.steps_in(folder / "checkpoints") == [15, 20]
+
+
+def test_a_run_prints_one_json_object_and_nothing_else_on_stdout(tiny_run):
+    printed = json.loads(tiny_run.stdout)
+    assert printed == {"run": str(tiny_run.folder), **json.loads((tiny_run.folder / "evaluation.json").read_text())}
+    assert tiny_run.stdout.count("\n") == 1
+    assert f"done: {tiny_run.folder}" in tiny_run.stderr
+
+
+def test_the_metrics_have_every_step_once(tiny_run):
+    rows = read_metrics(tiny_run.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in rows if "val_loss" in row] == [10, 20]
+    assert rows[-2]["loss"] < rows[0]["loss"] - 1  # it learns
+
+
+def test_the_exported_folder_is_what_transformers_loads(tiny_run):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(tiny_run.folder / "hf")
+    assert (config.model_type, config.vocab_size, config.n_layer, config.n_positions) == ("gpt2", 300, 2, 16)
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_run.folder / "hf")
+    ours = runs.load(tiny_run.folder).tokenizer
+    text = tiny_run.text.read_text()[:500]
+    assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+
+
+# ---- what is skipped, and what is made again ----
+
+
+def test_a_second_run_writes_nothing(tiny_run, copied, capfd):
+    before = times(copied)
+    assert again(tiny_run, copied, "--json") == 0
+    assert times(copied) == before
+    out, err = capfd.readouterr()
+    assert json.loads(out)["val_loss"] == json.loads(tiny_run.stdout)["val_loss"]
+    assert err == f"done: {copied} (report.html, samples.txt, hf/)\n"
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "samples.txt", "hf", "report.html"])
+def test_a_stage_whose_output_is_gone_is_done_alone(tiny_run, copied, name):
+    before, path = times(copied), copied / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert again(tiny_run, copied) == 0
+    now = times(copied)
+    written = {file for file in now if before.get(file) != now[file]}
+    shown = {"report.html", "loss.png"} if name != "hf" else set()  # the report shows it
+    assert now.keys() == before.keys()
+    assert written == {file for file in before if file.startswith(name)} | shown
+    for file in written - {"report.html", "loss.png"}:
+        assert (copied / file).read_bytes() == (tiny_run.folder / file).read_bytes()
+
+
+def test_a_damaged_hf_folder_is_not_taken_for_done(tiny_run, copied):
+    (copied / "hf").rename(copied / ".hf.new.123")  # what a kill during the export leaves
+    assert again(tiny_run, copied) == 0
+    assert (copied / "hf/model.safetensors").read_bytes() == (tiny_run.folder / "hf/model.safetensors").read_bytes()
+
+
+def test_shards_in_a_folder_of_their_own_are_shared(tiny_experiment, tmp_path, capfd):
+    argv = ["prepare", str(tiny_experiment), "--set", f"data.tokens={tmp_path / 'shards'}", "--json"]
+    assert cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    before = times(tmp_path / "shards")
+    assert cli.main([*argv, "--out", str(tmp_path / "b")]) == 0
+    assert times(tmp_path / "shards") == before
+    a, b = map(json.loads, capfd.readouterr().out.splitlines())
+    assert a == b and a["tokens"] == str(tmp_path / "shards") and a["vocab_size"] == 300 and a["train"] > a["val"] > 0
+    assert not (tmp_path / "a/tokens").exists()
+
+
+def test_a_start_that_was_cut_off_is_finished(tiny_experiment, tmp_path):
+    out = tmp_path / "run"
+    argv = ["prepare", str(tiny_experiment), "--out", str(out), "--traceback"]
+    assert cli.main(argv) == 0
+    whole = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for left in (["tokens"], ["tokens", "run.json"], ["tokens", "run.json", "code"], ["tokens", "run.json", "code", "tokenizer"]):
+        for path in list(out.iterdir()):
+            if path.name not in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert cli.main(argv) == 0
+        assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
+
+
+def test_a_run_goes_on_on_another_mesh(tiny_run, copied):
+    assert again(tiny_run, copied, "--set", "mesh.data=4", "--set", "mesh.fsdp=2") == 0
+
+
+def test_a_changed_experiment_file_of_the_same_configuration_is_noted(tiny_experiment, tmp_path, capfd):
+    argv = ["prepare", str(tiny_experiment), "--out", str(tmp_path / "run")]
+    assert cli.main(argv) == 0
+    tiny_experiment.write_text(tiny_experiment.read_text() + "# a word\n")
+    capfd.readouterr()
+    assert cli.main(argv) == 0
+    assert capfd.readouterr().err == "note: tiny_test.py changed since the run was started; the configuration is the same, so it goes on\n"
+
+
+# ---- loading ----
+
+
+def test_a_run_a_checkpoint_and_the_export_are_the_same_model(tiny_run):
+    run, step, hf = (runs.load(path) for path in (tiny_run.folder, tiny_run.folder / "checkpoints/20", tiny_run.folder / "hf"))
+    earlier = runs.load(tiny_run.folder / "checkpoints/15")
+    for other in (step, hf):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True), run.params, other.params)
+        assert other.tokenizer.encode("a token").tolist() == run.tokenizer.encode("a token").tolist()
+    assert not np.array_equal(run.params["w_token_VD"], earlier.params["w_token_VD"])
+    config = dict(vars(hf.model.config))
+    assert all(config[name] == value for name, value in vars(run.model.config).items() if name != "unroll_layers")
+
+
+def test_loading_changes_no_file(tiny_run):
+    before = times(tiny_run.folder)
+    runs.load(tiny_run.folder)
+    assert times(tiny_run.folder) == before
+
+
+def test_a_run_is_loaded_onto_a_mesh(tiny_run):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = runs.load(tiny_run.folder, mesh=mesh).params
+    assert params["blocks"]["mlp"]["w_up_DF"].sharding.mesh.size == 8
+    np.testing.assert_array_equal(params["w_token_VD"], runs.load(tiny_run.folder).params["w_token_VD"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "no such checkpoint, it has none"),
+        (lambda run: (run / "config.json").unlink(), "config.json: cannot be read as JSON"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: not a JSON object"),
+        (lambda run: (run / "config.json").write_text('{"name": "x", "modell": {}}'), "config.json: modell: Config has no field 'modell'. Did you mean"),
+        (lambda run: (run / "run.json").write_text("{"), "run.json: cannot be read as JSON"),
+        (lambda run: (run / "run.json").write_text("{}"), "run.json: does not say what code made the run"),
+        (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer"),
+        (lambda run: (run / "checkpoints/20/params/_METADATA").unlink(), "checkpoints/20: damaged: params/_METADATA is missing"),
+    ],
+)
+def test_a_damaged_run_is_named(copied, damage, message):
+    damage(copied)
+    with pytest.raises(InputError) as e:
+        runs.load(copied)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- structural ablations ----
+
+PARALLEL = """from functools import partial
+from pathlib import Path
+
+from experiments.tiny_test import CONFIG as BASELINE
+from mlm_jax.config import override
+from mlm_jax.model import gpt2
+from mlm_jax.sharding import constrain
+
+
+class ParallelBlock(gpt2.Block):
+    def __call__(self, x_BTD, context):
+        h_BTD = self.norm_1(x_BTD)
+        return constrain(x_BTD + self.attention(h_BTD, context) + self.mlp(h_BTD), "BTD")
+
+
+CONFIG = override(BASELINE, {"name": "parallel_block", "train.steps": 3})
+MODEL = partial(gpt2.GPT2, block=ParallelBlock)
+"""
+
+
+def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp_path, capfd):
+    lab, out = tmp_path / "lab/experiments", tmp_path / "run"
+    lab.mkdir(parents=True)
+    (lab / "__init__.py").touch()
+    (lab / "parallel.py").write_text(PARALLEL)
+    shutil.copy(tiny_experiment, lab)
+    argv = ["run", str(lab / "parallel.py"), "--out", str(out)]
+    assert cli.main([*argv, "--traceback"]) == 0
+    assert "export: skipped" in capfd.readouterr().err and not (out / "hf").exists()
+    model, params, _ = runs.load(out)
+    assert "norm_2" not in params["blocks"]
+    tokens = jax.numpy.arange(8)[None]
+    logits = model.apply({"params": params}, tokens)
+    assert not np.allclose(logits, gpt2.GPT2(model.config).apply({"params": runs.load(out).params | {"blocks": with_norm_2(params)}}, tokens))
+    assert cli.main(["generate", str(out), "--max-tokens", "3", "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)["texts"]
+
+    block = lab / "parallel.py"
+    block.write_text(PARALLEL + "# edited\n")
+    for command in (["generate", str(out)], argv):
+        assert cli.main(command) == 2
+        err = capfd.readouterr().err
+        assert "experiments/parallel.py" in err and err.count("\n") == 1
+
+    shutil.rmtree(lab)
+    assert cli.main(["generate", str(out), "--max-tokens", "3"]) == 2
+    assert "pass --trust-code to execute" in capfd.readouterr().err
+    assert cli.main(["generate", str(out), "--max-tokens", "3", "--trust-code", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["texts"] == said
+    assert cli.main(["export", str(out), str(tmp_path / "hf"), "--trust-code"]) == 2
+    assert "has a structure of its own" in capfd.readouterr().err and not (tmp_path / "hf").exists()
+
+
+def with_norm_2(params):
+    return params["blocks"] | {"norm_2": params["blocks"]["norm_1"]}
+
+
+# ---- kills ----
+
+
+def start(argv):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "mlm_jax.cli", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
+def last_step(folder):
+    try:
+        return max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def arrays(folder):
+    """Parameters and optimizer's state of the last checkpoint, by name."""
+    config = from_json((folder / "config.json").read_text())
+    from mlm_jax import optim, train
+
+    model = gpt2.GPT2(config.model)
+    shapes = jax.eval_shape(lambda: train.init_state(model, optim.optimizer(config.optim, config.train.steps), 0))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    progress = {"step": wanted.step, "opt_state": wanted.opt_state}
+    return jax.tree.leaves(checkpoint.restore(folder / "checkpoints" / str(config.train.steps), wanted.params, progress))
+
+
+def check_equal(a, b):
+    for x, y in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
+    rows = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
+    assert rows[0] == rows[1]
+    steps = [row["step"] for row in rows[0] if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
+    settings = ["--set", "train.steps=120", "--set", "train.save_every=15", "--set", "train.eval_every=60", "--set", "model.dropout=0.1"]
+    argv = ["train", str(tiny_experiment), *settings, "--out"]
+    undisturbed, killed = start([*argv, str(tmp_path / "undisturbed")]), start([*argv, str(tmp_path / "killed")])
+    when = random.randint(17, 60)
+    while last_step(tmp_path / "killed") < when and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -9, "it was done before the kill"
+    resumed = finish(start([*argv, str(tmp_path / "killed")]))
+    assert "going on from step" in resumed
+    finish(undisturbed)
+    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
+    argv = ["run", str(tiny_experiment), "--set", "train.steps=400", "--set", "train.save_every=7", "--set", "model.dropout=0.1", "--out"]
+    finish(start([*argv, str(tmp_path / "undisturbed")]))
+    kills = 0
+    while kills < 12:
+        process = start([*argv, str(tmp_path / "killed")])
+        time.sleep(random.uniform(0.5, 9.0))  # while it starts, prepares, trains, evaluates or exports
+        process.kill()
+        process.communicate()
+        kills += 1
+    finish(start([*argv, str(tmp_path / "killed")]))
+    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+    for name in ("evaluation.json", "samples.txt", "hf/model.safetensors", "hf/tokenizer.json", "tokens/manifest.json", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_the_code_of_a_run_is_the_installed_commit_or_nothing(monkeypatch, tmp_path):
+    commit = runs.git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert runs.git_commit() is None
+
+
+def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    runs.write_text(tmp_path / "new/file.txt", "first")
+
+    def fail(self, target):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        runs.write_text(tmp_path / "new/file.txt", "second")
+    assert (tmp_path / "new/file.txt").read_text() == "first"
+
+
+def test_the_experiment_of_a_run_is_checked_before_its_stages(tiny_run, copied):
+    (copied / "run.json").write_text(json.dumps({"experiment": {"module": "x"}}))
+    with pytest.raises(InputError, match="does not say what code made the run"):
+        runs.Run(experiment.load(str(tiny_run.experiment)), copied)
