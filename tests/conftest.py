@@ -17,6 +17,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # the tests mostly compile: this halves their time; child processes compile as users do
+    jax.config.update("jax_disable_most_optimizations", True)
 
 # Everything small: a run of it takes seconds. {source} is the text.
 TINY_EXPERIMENT = """from mlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
@@ -72,7 +74,3 @@ def tiny_experiment(tmp_path: Path) -> Path:
     folder = tmp_path / "experiment"
     folder.mkdir()
     return write_experiment(folder)[0]
-
-
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # the tests mostly compile: this halves their time. Child processes compile as a user's do.
-    jax.config.update("jax_disable_most_optimizations", True)

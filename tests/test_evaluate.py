@@ -97,7 +97,9 @@ def test_the_figures_of_a_run_are_those_of_its_text(tiny_run):
     assert result["val_loss"] == pytest.approx(expected.mean(), rel=1e-5)
     assert result["val_bits_per_byte"] == pytest.approx(expected.sum() / math.log(2) / len(held_out.encode()), rel=1e-5)
     assert (result["val_tokens"], result["val_bytes"]) == (len(ids) - 1, len(held_out.encode()))
-    alone, before, both = (len(lzma.compress(x.encode(), preset=9)) for x in (held_out, text[: -len(held_out)] + "\n", text[: -len(held_out)] + "\n" + held_out))
+    alone, before, both = (
+        len(lzma.compress(x.encode(), preset=9)) for x in (held_out, text[: -len(held_out)] + "\n", text[: -len(held_out)] + "\n" + held_out)
+    )
     assert result["xz_bits_per_byte"] == 8 * alone / len(held_out.encode())
     assert result["xz_primed_bits_per_byte"] == 8 * (both - before) / len(held_out.encode())
 

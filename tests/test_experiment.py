@@ -72,7 +72,9 @@ def run(lab, tmp_path):
 
 
 def parameters(model):
-    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0))))}
+    return {
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0))))
+    }
 
 
 def is_parallel(model):
@@ -172,7 +174,9 @@ def test_a_bad_experiment_is_one_line(lab, text, reason):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("reference", ["experiments/none.py", "none.py", "experiments.none", "none", "json", "mlm_jax.cli", "experiments..base", "", "."])
+@pytest.mark.parametrize(
+    "reference", ["experiments/none.py", "none.py", "experiments.none", "none", "json", "mlm_jax.cli", "experiments..base", "", "."]
+)
 def test_what_is_no_experiment_is_named(lab, monkeypatch, reference):
     monkeypatch.chdir(lab)
     before = set(sys.modules)

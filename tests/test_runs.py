@@ -183,7 +183,10 @@ def test_a_run_is_loaded_onto_a_mesh(tiny_run):
         (lambda run: shutil.rmtree(run / "checkpoints"), "no such checkpoint, it has none"),
         (lambda run: (run / "config.json").unlink(), "config.json: cannot be read as JSON"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json: not a JSON object"),
-        (lambda run: (run / "config.json").write_text('{"name": "x", "modell": {}}'), "config.json: modell: Config has no field 'modell'. Did you mean"),
+        (
+            lambda run: (run / "config.json").write_text('{"name": "x", "modell": {}}'),
+            "config.json: modell: Config has no field 'modell'. Did you mean",
+        ),
         (lambda run: (run / "run.json").write_text("{"), "run.json: cannot be read as JSON"),
         (lambda run: (run / "run.json").write_text("{}"), "run.json: does not say what code made the run"),
         (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer"),

@@ -1,0 +1,400 @@
+"""The commands: exit status, one line for bad input that leaves every file alone, JSON on stdout, and what they make."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlm_jax import cli, decode, huggingface, runs
+
+ROOT = Path(__file__).parents[1]
+
+
+def contents(folder):
+    """Every file and folder below `folder`, with the bytes of the files."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def refused(argv, capfd, status=2):
+    """The single line that a refused command writes."""
+    capfd.readouterr()
+    assert cli.main([str(word) for word in argv]) == status
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("mlm-jax: ") and err.endswith(".\n") and err.count("\n") == 1, err
+    return err
+
+
+# ---- the program ----
+
+
+def test_help_needs_no_heavy_library():
+    code = "import sys; from mlm_jax import cli\ntry: cli.main(['--help'])\nfinally: print(sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))"
+    done = python(code)
+    assert done.returncode == 0 and "prepare, train, evaluate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", ["run", "prepare", "train", "evaluate", "generate", "import", "export", "report"])
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main([verb, "--help"])
+    assert e.value.code == 0
+    assert "--json" in (said := capsys.readouterr().out) and "--traceback" in said
+
+
+@pytest.mark.parametrize("argv", [[], ["runn"], ["run"], ["run", "x.py", "--sett", "a=1"], ["generate", "x", "--num", "many"]])
+def test_wrong_arguments_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("mlm-jax") and "--help" in err
+
+
+def test_the_program_says_bad_input_in_one_line(tmp_path):
+    done = python("import sys; from mlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))", "generate", str(tmp_path / "none" / "run"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "no such folder" in done.stderr
+
+
+def test_failed_work_is_status_1_and_one_line(tiny_run, monkeypatch, capfd):
+    def fail(*args, **kwargs):
+        raise RuntimeError("two\n  lines")
+
+    monkeypatch.setattr(decode, "generate", fail)
+    assert cli.main(["generate", str(tiny_run.folder)]) == 1
+    assert capfd.readouterr().err == "mlm-jax: RuntimeError: two lines (--traceback shows where)\n"
+    with pytest.raises(RuntimeError):
+        cli.main(["generate", str(tiny_run.folder), "--traceback"])
+
+
+def test_a_traceback_is_shown_when_asked_for(tmp_path):
+    with pytest.raises(runs.InputError):
+        cli.main(["report", str(tmp_path), "--traceback"])
+
+
+def test_an_interrupt_is_status_130(tiny_run, tiny_experiment, tmp_path, monkeypatch, capfd):
+    def interrupt(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(decode, "generate", interrupt)
+    assert cli.main(["generate", str(tiny_run.folder)]) == 130
+    assert capfd.readouterr().err == "\nmlm-jax: interrupted\n"
+    monkeypatch.setattr(runs.Run, "prepare", interrupt)
+    assert cli.main(["train", str(tiny_experiment), "--out", str(tmp_path / "run")]) == 130
+    assert capfd.readouterr().err == "\nmlm-jax: interrupted; the same command goes on from the last checkpoint\n"
+
+
+# ---- bad input to a new run: nothing of it is left ----
+
+SHORT = ["--set", "model.context_len=4000", "--set", "sample.max_tokens=4"]
+NEW_RUN = {
+    "missing text": (lambda d: (d / "text.txt").unlink(), [], "data.source = {d}/text.txt: no such file or folder"),
+    "empty text": (lambda d: (d / "text.txt").write_text(""), [], "data.source = {d}/text.txt: no text"),
+    "text of spaces": (lambda d: (d / "text.txt").write_text(" \n\n "), [], "data.source = {d}/text.txt: no text"),
+    "invalid UTF-8": (lambda d: (d / "text.txt").write_bytes(b"good \xff bad"), [], "not UTF-8: byte 0xff at offset 5"),
+    "text shorter than a window": (lambda d: (d / "text.txt").write_text("abc" * 1000), SHORT, "the text is shorter than one window"),
+    "nothing to validate on": (lambda d: None, ["--set", "data.val_fraction=0"], "has no val tokens"),
+    "unknown field": (lambda d: None, ["--set", "optim.peek_lr=1"], "optim.peek_lr: OptimConfig has no field 'peek_lr'. Did you mean 'peak_lr'?"),
+    "no path=value": (lambda d: None, ["--set", "steps"], "--set = steps: not of the form path=value"),
+    "wrong type": (lambda d: None, ["--set", "train.steps=many"], "train.steps = 'many': expected int, got str"),
+    "heads that do not divide": (lambda d: None, ["--set", "model.n_heads=3"], "model.d_model = 32: model.n_heads = 3 does not divide it"),
+    "small vocabulary": (lambda d: None, ["--set", "model.vocab_size=299"], "model.vocab_size = 299: smaller than the tokenizer's 300"),
+    "long sample": (
+        lambda d: None,
+        ["--set", "sample.max_tokens=16"],
+        "sample.max_tokens = 16: with 1 prompt tokens more than model.context_len = 16",
+    ),
+    "long prompt": (lambda d: None, ["--set", "sample.prompt=" + "ab " * 30], "more than model.context_len = 16. Shorten sample.prompt"),
+    "a batch that the devices cannot share": (
+        lambda d: None,
+        ["--set", "train.batch_size=6"],
+        "train.batch_size = 6: not a multiple of the 8 devices",
+    ),
+    "a mesh that does not fit": (lambda d: None, ["--set", "mesh.data=3"], "mesh = data 3 x fsdp 1 x tensor 1: does not fill 8 devices"),
+    "missing experiment": (lambda d: (d / "tiny_test.py").unlink(), [], "tiny_test.py: no such file"),
+    "an experiment that does not run": (lambda d: (d / "tiny_test.py").write_text("def ("), [], "tiny_test: does not run (SyntaxError"),
+    "an experiment without CONFIG": (lambda d: (d / "tiny_test.py").write_text(""), [], "tiny_test: defines no CONFIG"),
+    "tokens that are none": (lambda d: ((d / "other").mkdir(), (d / "other/notes").touch()), ["--set", "data.tokens={d}/other"], "no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", NEW_RUN)
+@pytest.mark.parametrize("verb", ["run", "train"])
+def test_bad_input_leaves_nothing_of_a_new_run(tiny_experiment, tmp_path, name, verb, capfd):
+    damage, settings, words = NEW_RUN[name]
+    folder = tiny_experiment.parent
+    damage(folder)
+    before = contents(tmp_path)
+    argv = [verb, tiny_experiment, "--out", tmp_path / "run", *(word.format(d=folder) for word in settings)]
+    assert words.format(d=folder) in refused(argv, capfd)
+    assert contents(tmp_path) == before
+
+
+def test_a_mended_text_may_be_prepared_into_the_same_directory(tiny_experiment, tmp_path, capfd):
+    text = tiny_experiment.parent / "text.txt"
+    good = text.read_text()
+    argv = ["prepare", tiny_experiment, "--out", tmp_path / "run", "--json"]
+    (tmp_path / "run").mkdir()  # the user's own; it stays
+    for bad in (b"", b"\xff", b"short"):
+        text.write_bytes(bad)
+        refused(argv, capfd)
+        assert list((tmp_path / "run").iterdir()) == []
+    text.write_text(good)
+    assert cli.main([str(word) for word in argv]) == 0
+    assert json.loads(capfd.readouterr().out)["tokens"] == str(tmp_path / "run/tokens")
+
+
+def test_a_directory_in_use_is_left_alone(tiny_experiment, tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    (tmp_path / "coded/code").mkdir(parents=True)
+    before = contents(tmp_path)
+    for name, words in (("mine", "holds thesis.tex and is no run"), ("coded", "holds code and is no run"), ("mine/thesis.tex", "is a file")):
+        assert words in refused(["run", tiny_experiment, "--out", tmp_path / name], capfd)
+    assert contents(tmp_path) == before
+
+
+# ---- bad input to a run that is there: nothing is overwritten ----
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run.folder, tmp_path / "run")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_run_of_another_configuration_names_the_differing_fields(tiny_run, copied, capfd):
+    before = contents(copied)
+    argv = ["run", tiny_run.experiment, "--out", copied, "--set", "optim.peak_lr=0.5", "--set", "train.steps=30"]
+    assert f"--out = {copied}: holds a run of another configuration (optim.peak_lr 0.01 -> 0.5, train.steps 20 -> 30)" in refused(argv, capfd)
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_truncated_shard_is_named(tiny_run, copied, split, capfd):
+    shard = copied / f"tokens/{split}_000000.bin"
+    size = shard.stat().st_size
+    cut(shard)
+    before = contents(copied)
+    assert f"data.tokens = {shard}: cut short: {size - 10} bytes, {size} expected" in refused(["run", tiny_run.experiment, "--out", copied], capfd)
+    if split == "val":
+        assert f"{shard}: cut short" in refused(["evaluate", copied], capfd)
+    assert contents(copied) == before
+
+
+def test_a_changed_shard_is_named(tiny_run, copied, capfd):
+    shard = copied / "tokens/train_000000.bin"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert f"{shard}: its SHA-256 is not the one in manifest.json" in refused(["train", tiny_run.experiment, "--out", copied], capfd)
+
+
+def test_a_truncated_checkpoint_is_named(tiny_run, copied, tmp_path, capfd):
+    file = largest(copied / "checkpoints/20/params")
+    cut(file)
+    (copied / "samples.txt").unlink()
+    before = contents(tmp_path)
+    for argv in (
+        ["generate", copied],
+        ["generate", copied / "checkpoints/20"],
+        ["evaluate", copied],
+        ["export", copied, tmp_path / "hf"],
+        ["run", tiny_run.experiment, "--out", copied],
+    ):
+        assert f"checkpoint = {copied / 'checkpoints/20'}: damaged: {file.relative_to(copied / 'checkpoints/20')} has" in refused(argv, capfd)
+    assert contents(tmp_path) == before
+    assert cli.main(["generate", str(copied / "checkpoints/15"), "--max-tokens", "2"]) == 0  # the one before it is whole
+
+
+def test_training_does_not_go_on_from_a_truncated_checkpoint(tiny_run, copied, capfd):
+    shutil.rmtree(copied / "checkpoints/20")
+    cut(largest(copied / "checkpoints/15/progress"))
+    before = contents(copied)
+    capfd.readouterr()
+    assert cli.main(["train", str(tiny_run.experiment), "--out", str(copied)]) == 2
+    assert f"{copied / 'checkpoints/15'}: damaged: progress/" in capfd.readouterr().err
+    assert contents(copied) == before
+
+
+# ---- models ----
+
+
+def test_what_is_no_model_is_named(tiny_run, tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    for model, words in (
+        (tmp_path / "none" / "x", "no such folder"),
+        (tmp_path / "empty", "config.json"),
+        (tiny_run.folder / "checkpoints/17", "no such checkpoint, it has 15, 20"),
+        (tiny_run.text, "a file, not a folder"),
+    ):
+        for argv in (["generate", model], ["evaluate", model], ["export", model, tmp_path / "out"]):
+            assert words in refused(argv, capfd)
+    assert contents(tmp_path) == {"empty": None}
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("transformer.ln_f.weight"), "ln_f.weight is missing, expected (32,)"),
+        (lambda t: t.update({"transformer.extra": np.zeros(3, np.float32)}), "extra (3,) is not expected"),
+        (lambda t: t.update({"transformer.wpe.weight": np.zeros((8, 32), np.float32)}), "wpe.weight is (8, 32), expected (16, 32)"),
+    ],
+)
+def test_a_weight_file_with_wrong_tensors_is_not_imported(tiny_run, tmp_path, edit, words, capfd):
+    hf = shutil.copytree(tiny_run.folder / "hf", tmp_path / "hf")
+    change(hf, edit)
+    before = contents(tmp_path)
+    for argv in (
+        ["import", hf, tmp_path / "imported"],
+        ["generate", hf],
+        ["evaluate", hf, "--text", tiny_run.text],
+        ["export", hf, tmp_path / "out"],
+    ):
+        assert words in refused(argv, capfd)
+    assert contents(tmp_path) == before
+
+
+def test_a_truncated_weight_file_is_not_imported(tiny_run, tmp_path, capfd):
+    hf = shutil.copytree(tiny_run.folder / "hf", tmp_path / "hf")
+    cut(hf / "model.safetensors")
+    before = contents(tmp_path)
+    assert "not a whole safetensors file" in refused(["import", hf, tmp_path / "imported"], capfd)
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_in_use_is_not_written_into(tiny_run, tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    assert "exists and is not empty" in refused(["import", tiny_run.folder / "hf", tmp_path / "mine"], capfd)
+    assert "not empty" in refused(["export", tiny_run.folder, tmp_path / "mine"], capfd)
+    assert contents(tmp_path) == before
+
+
+def test_import_and_export_give_the_same_tensors_byte_by_byte(tiny_run, tmp_path, capfd):
+    hf, run, out = tiny_run.folder / "hf", tmp_path / "imported", tmp_path / "hf"
+    assert cli.main(["import", str(hf), str(run), "--json"]) == 0
+    assert cli.main(["export", str(run), str(out), "--json"]) == 0
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [{"run": str(run)}, {"hf": str(out)}]
+    assert (out / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    for name in huggingface.TOKENIZER_FILES:
+        assert (out / name).exists() == (hf / name).exists()
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
+    assert theirs == ours
+    transformers = pytest.importorskip("transformers")
+    text = tiny_run.text.read_text()[:200]
+    assert transformers.AutoTokenizer.from_pretrained(out)(text)["input_ids"] == runs.load(run).tokenizer.encode(text).tolist()
+    assert "Give a text with --text" in refused(["evaluate", run], capfd)
+    assert json.loads((run / "run.json").read_text())["imported_from"] == str(hf)
+
+
+# ---- generate ----
+
+
+def texts(capfd, *argv):
+    capfd.readouterr()
+    assert cli.main(["generate", *map(str, argv), "--json", "--traceback"]) == 0
+    return json.loads(capfd.readouterr().out)["texts"]
+
+
+def test_every_kind_of_model_generates_the_same_for_the_same_seed(tiny_run, capfd):
+    argv = ["--prompt", "the model", "--num", 3, "--max-tokens", 8]
+    said = texts(capfd, tiny_run.folder, *argv)
+    assert len(said) == 3 and len(set(said)) > 1
+    for model in (tiny_run.folder, tiny_run.folder / "checkpoints/20", tiny_run.folder / "hf"):
+        assert texts(capfd, model, *argv, "--seed", 0) == said
+    assert texts(capfd, tiny_run.folder, *argv, "--seed", 1) != said
+
+
+def test_generate_prints_the_prompt_and_what_follows(tiny_run, capfd):
+    argv = ["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8", "--num"]
+    said = texts(capfd, *argv[1:], 2)
+    assert cli.main([*argv, "2"]) == 0
+    assert capfd.readouterr().out == f"--- 1\nthe {said[0]}\n--- 2\nthe {said[1]}\n"
+    assert cli.main([*argv, "1"]) == 0
+    assert capfd.readouterr().out == f"the {said[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--num", "0"], "num = 0: nothing to generate"),
+        (["--max-tokens", "0"], "max_tokens = 0: nothing to generate"),
+        (["--max-tokens", "16"], "with 1 prompt tokens more than model.context_len = 16. Ask for at most 15"),
+        (["--prompt", "ab" * 99], "Shorten the prompt"),
+        (["--temperature", "-1"], "temperature = -1.0: not a temperature"),
+        (["--top-k", "-1"], "top_k = -1: not a number of tokens"),
+        (["--top-p", "0"], "top_p = 0.0: not a probability"),
+    ],
+)
+def test_settings_out_of_range_are_named(tiny_run, argv, words, capfd):
+    assert words in refused(["generate", tiny_run.folder, *argv], capfd)
+
+
+# ---- evaluate and report ----
+
+
+def test_a_run_is_evaluated_as_it_was_at_its_end(tiny_run, capfd):
+    assert cli.main(["evaluate", str(tiny_run.folder), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    at_the_end = json.loads((tiny_run.folder / "evaluation.json").read_text())
+    assert found == pytest.approx({key: value for key, value in at_the_end.items() if not key.startswith("xz")}, rel=1e-5)
+    assert cli.main(["evaluate", str(tiny_run.folder / "checkpoints/15")]) == 0
+    assert "bits/byte" in capfd.readouterr().out
+
+
+def test_a_model_is_evaluated_on_a_text(tiny_run, tmp_path, capfd):
+    text = tiny_run.text.read_text()
+    (tmp_path / "held_out.txt").write_text(text[int(len(text) * 0.9) :])
+    for model in (tiny_run.folder, tiny_run.folder / "hf"):
+        assert cli.main(["evaluate", str(model), "--text", str(tmp_path / "held_out.txt"), "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["val_loss"] == pytest.approx(json.loads((tiny_run.folder / "evaluation.json").read_text())["val_loss"], rel=1e-5)
+
+
+def test_a_text_that_cannot_be_read_is_named(tiny_run, tmp_path, capfd):
+    (tmp_path / "empty.txt").write_text("")
+    assert "has no validation split. Give a text with --text" in refused(["evaluate", tiny_run.folder / "hf"], capfd)
+    assert "none.txt: no such file" in refused(["evaluate", tiny_run.folder, "--text", tmp_path / "none.txt"], capfd)
+    assert "--text" in refused(["evaluate", tiny_run.folder, "--text", tmp_path / "empty.txt"], capfd)
+
+
+def test_a_report_is_drawn_anew(tiny_run, tmp_path, capfd):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    (run / "report.html").unlink()
+    assert cli.main(["report", str(run), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"report": str(run / "report.html")}
+    assert (run / "report.html").is_file()
+    assert "not a run" in refused(["report", tmp_path], capfd)
+
+
+def test_the_run_directory_is_named_after_the_experiment(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", str(tiny_experiment), "--set", "name=other"]) == 0
+    assert os.path.isfile("runs/other/config.json")
