@@ -38,7 +38,7 @@ def ours(model: gpt2.Model, params: gpt2.Params, num: int, length: int) -> Calla
 
 
 def theirs(folder: str, num: int, length: int) -> Callable[[], None]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # no dependency of ours
     import transformers
 
     model: Any = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()

@@ -142,10 +142,8 @@ def test_the_smooth_line_is_the_mean_of_the_neighbours():
 
 def test_what_a_resumed_run_writes_again_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 9}\n{"step": 3, "lo\n[1]\n'
-        '{"step": 2, "loss": 2}\n{"step": 2, "val_loss": 4}\n{"step": 0, "loss": 7}\n'
-    )
+    lines = ['{"step": 1, "loss": 3}', '{"step": 2, "loss": 9}', '{"step": 3, "lo', "[1]", '{"step": 2, "loss": 2}', '{"step": 2, "val_loss": 4}']
+    path.write_text("\n".join([*lines, '{"step": 0, "loss": 7}', ""]))
     assert read_metrics(path) == ([{"step": 0, "loss": 7}, {"step": 1, "loss": 3}, {"step": 2, "loss": 2, "val_loss": 4}], 2)
     assert "2 lines of metrics.jsonl could not be read" in write_report(tmp_path).read_text("utf-8")
 

@@ -262,9 +262,20 @@ def with_norm_2(params):
 # ---- kills ----
 
 
-def start(argv):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "mlm_jax.cli", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """Starts a command in a process of its own; none outlives the test."""
+    started = []
+
+    def start(argv):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([sys.executable, "-m", "mlm_jax.cli", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def finish(process):
@@ -302,12 +313,12 @@ def check_equal(a, b):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
-    settings = ["--set", "train.steps=120", "--set", "train.save_every=15", "--set", "train.eval_every=60", "--set", "model.dropout=0.1"]
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
+    settings = ["--set", "train.steps=400", "--set", "train.save_every=50", "--set", "train.eval_every=200", "--set", "model.dropout=0.1"]
     argv = ["train", str(tiny_experiment), *settings, "--out"]
     undisturbed, killed = start([*argv, str(tmp_path / "undisturbed")]), start([*argv, str(tmp_path / "killed")])
-    when = random.randint(17, 60)
-    while last_step(tmp_path / "killed") < when and killed.poll() is None:
+    when = random.randint(1, 150)
+    while killed.poll() is None and not (checkpoint.steps_in(tmp_path / "killed/checkpoints") and last_step(tmp_path / "killed") >= when):
         time.sleep(0.005)
     killed.kill()
     killed.communicate()
@@ -319,7 +330,7 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
+def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
     argv = ["run", str(tiny_experiment), "--set", "train.steps=400", "--set", "train.save_every=7", "--set", "model.dropout=0.1", "--out"]
     finish(start([*argv, str(tmp_path / "undisturbed")]))
     kills = 0
