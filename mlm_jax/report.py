@@ -51,8 +51,9 @@ def write_report(run_dir: Path) -> Path:
     parts.append(_configuration(config) if config else "")
     page = PAGE.format(title=escape(name), body="\n".join(part for part in parts if part))
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    partial = run_dir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(path)
 
 
 def _read(path: Path) -> str:

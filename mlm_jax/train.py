@@ -92,7 +92,9 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
         peak = metrics.peak_flops(jax.devices()[0].device_kind)
         flops = metrics.flops_per_token(config.model, n_params)
         shape = (c.batch_size, config.model.context_len + 1)
-        history = stack.enter_context(contextlib.closing(metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)))
+        history = None
+        if jax.process_index() == 0:  # one process writes
+            history = stack.enter_context(contextlib.closing(metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)))
         progress_line = metrics.Progress(c.steps, done)
         progress_line.note(
             f"{n_params:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; " + (f"going on from step {done}" if done else "from scratch")
@@ -104,7 +106,8 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
             row["tokens_per_s"] = round(c.batch_size * config.model.context_len / seconds, 1)
             if peak:
                 row["mfu"] = row["tokens_per_s"] * flops / (peak * mesh.size)
-            history.write(row)
+            if history:
+                history.write(row)
             mfu = f"  MFU {row['mfu']:.1%}" if peak else ""
             progress_line.show(step, f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s{mfu}")
 
@@ -129,7 +132,8 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
                 pending = None
             if validate:
                 loss, _ = mean_loss(eval_step, state.params, windows, mesh, batch_size=c.batch_size, at_most=c.eval_windows)
-                history.write({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_nat})
+                if history:
+                    history.write({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_nat})
                 progress_line.note(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte")
             if save:
                 checkpoints.save(step, state.params, {"step": state.step, "opt_state": state.opt_state})

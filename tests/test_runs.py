@@ -274,8 +274,9 @@ def start():
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process):
@@ -314,10 +315,10 @@ def check_equal(a, b):
 
 
 def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
-    settings = ["--set", "train.steps=400", "--set", "train.save_every=50", "--set", "train.eval_every=200", "--set", "model.dropout=0.1"]
+    settings = ["--set", "train.steps=240", "--set", "train.save_every=40", "--set", "train.eval_every=120", "--set", "model.dropout=0.1"]
     argv = ["train", str(tiny_experiment), *settings, "--out"]
     undisturbed, killed = start([*argv, str(tmp_path / "undisturbed")]), start([*argv, str(tmp_path / "killed")])
-    when = random.randint(1, 150)
+    when = random.randint(1, 100)
     while killed.poll() is None and not (checkpoint.steps_in(tmp_path / "killed/checkpoints") and last_step(tmp_path / "killed") >= when):
         time.sleep(0.005)
     killed.kill()
