@@ -17,7 +17,9 @@ CONFIG = ModelConfig(vocab_size=64, context_len=16, n_layers=2, n_heads=4, d_mod
 def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 5):
     """(losses, final parameters) of a few training steps on a mesh."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
-    model, tx = gpt2.GPT2(CONFIG), optim.optimizer(OptimConfig(peak_lr=1e-2, end_lr=1e-3, warmup_steps=2), steps)
+    # eps: Adam divides a gradient near zero by its own size, and would show the order of summation as if it were a difference.
+    config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-5)
+    model, tx = gpt2.GPT2(CONFIG), optim.optimizer(config, steps)
     with jax.sharding.set_mesh(mesh):
         shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
         state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
