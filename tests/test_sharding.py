@@ -18,7 +18,7 @@ def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 5):
     """(losses, final parameters) of a few training steps on a mesh."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
     # eps: Adam divides a gradient near zero by its own size, and would show the order of summation as if it were a difference.
-    config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-5)
+    config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)
     model, tx = gpt2.GPT2(CONFIG), optim.optimizer(config, steps)
     with jax.sharding.set_mesh(mesh):
         shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
