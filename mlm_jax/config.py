@@ -15,6 +15,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+POSITIONS = ("learned", "rotary", "none")
+NORMS = ("layer", "rms")
+ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu2", "swiglu")
+ATTENTIONS = ("auto", "reference", "xla", "cudnn", "splash", "flash")
+
 
 class InputError(ValueError):
     """Bad input, in one line: which field, its value, what is wrong with it, and what to do. The commands exit with status 2."""
@@ -74,25 +79,42 @@ def _did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a GPT-2; the defaults are the 124M model (Radford et al. 2019, table 2)."""
+    """The shape of a GPT-2; the defaults are the 124M model (Radford et al. 2019, table 2). Every other default is GPT-2 itself."""
 
     vocab_size: int = 0  # 0: as many as the tokenizer has
+    vocab_multiple: int = 1  # the embedding has rows up to a multiple of this; TPUs and meshes like 128. The rest are never predicted
     context_len: int = 1024  # T: the most positions the model can embed
     n_layers: int = 12
     n_heads: int = 12
+    n_kv_heads: int = 0  # K; 0: as many as n_heads. Fewer: query heads share keys and values (Ainslie et al. 2023)
     d_model: int = 768
     d_ff: int = 3072
     dropout: float = 0.0  # on embeddings, attention probabilities and both residual branches
+    position: str = "learned"  # learned, rotary (Su et al. 2021), none (Kazemnejad et al. 2023)
+    rotary_base: float = 10_000.0
+    norm: str = "layer"  # layer (Ba et al. 2016), rms (Zhang & Sennrich 2019)
+    activation: str = "gelu_tanh"  # gelu_tanh, gelu_erf (Hendrycks & Gimpel 2016), relu2 (So et al. 2021), swiglu (Shazeer 2020)
+    biases: bool = True  # False: neither projections nor norms have biases
+    tied_head: bool = True  # False: the logits have a matrix of their own
+    qk_norm: bool = False  # RMSNorm with a gain on the queries and keys of each head (Henry et al. 2020)
+    logit_softcap: float = 0.0  # c > 0: logits become c tanh(logits / c) (Gemma Team 2024, section 2)
+    mup_base_width: int = 0  # muP (Yang et al. 2022): the d_model whose learning rate and init_std carry over to this width; 0: off
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    compute_dtype: str = "float32"  # of activations and matrix products; parameters stay float32
+    compute_dtype: str = "float32"  # of activations and matrix products; parameters, softmax, norms and logits stay float32
+    attention: str = "auto"  # the implementation; auto takes the fastest that this machine, dtype and shape allow
     unroll_layers: bool = False  # True: a faster step for few layers, and a longer compilation for many
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
-        _at_least(self, "model", vocab_size=0, context_len=1, n_layers=1, n_heads=1, d_model=1, d_ff=1, norm_eps=0, init_std=0)
+        sizes = dict.fromkeys(("vocab_multiple", "context_len", "n_layers", "n_heads", "d_model", "d_ff"), 1)
+        _at_least(self, "model", vocab_size=0, **sizes, n_kv_heads=0, rotary_base=1, logit_softcap=0, mup_base_width=0, norm_eps=0, init_std=0)
         _fraction(self, "model", "dropout")
         one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        one_of("model.position", self.position, POSITIONS)
+        one_of("model.norm", self.norm, NORMS)
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        one_of("model.attention", self.attention, ATTENTIONS)
         narrower = self.d_model // self.n_heads
         _check(
             self.d_model % self.n_heads == 0,
@@ -101,11 +123,40 @@ class ModelConfig:
             f"model.n_heads = {self.n_heads} does not divide it, a head would be {self.d_model / self.n_heads:.2f} wide",
             f"Nearest that fit: {' and '.join(str(n * self.n_heads) for n in (narrower, narrower + 1) if n)}",
         )
+        _check(
+            self.n_heads % self.n_keys == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"does not divide model.n_heads = {self.n_heads}, so the query heads cannot share evenly",
+            f"Choose from: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}",
+        )
+        _check(
+            self.position != "rotary" or self.head_dim % 2 == 0,
+            "model.position",
+            self.position,
+            f"turns pairs of numbers, and a head is {self.head_dim} wide",
+            "Choose d_model and n_heads so that a head is of even width",
+        )
 
     @property
     def head_dim(self) -> int:
         """H, the width of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def n_keys(self) -> int:
+        """K, the number of key and value heads."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V, the rows of the embedding: `vocab_size` up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def width_multiplier(self) -> float:
+        """muP's m: how many times wider than the base this model is; 1 where muP is off."""
+        return self.d_model / self.mup_base_width if self.mup_base_width else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,7 @@ def prefill(model: Any, params: Any, prompt_BT: Int[Any, "B T"], length: Any, *,
 
     Padding is written into the cache too, at positions that no query sees before they are overwritten.
     """
-    cache = gpt2.init_cache(model.config, prompt_BT.shape[0], cache_len)
-    logits_BTV, filled = model.apply({"params": params, "cache": cache}, prompt_BT, mutable=["cache"])
+    logits_BTV, filled = model.apply({"params": params}, prompt_BT, cache_len=cache_len, mutable=["cache"])
     return jax.lax.dynamic_index_in_dim(logits_BTV, length - 1, axis=1, keepdims=False), filled["cache"]
 
 

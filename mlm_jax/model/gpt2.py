@@ -4,8 +4,8 @@
     N heads   K key/value heads  H head_dim       V vocabulary     L layers (stacked blocks)
 
 Parameters are a plain nested dict of float32 arrays; those of the blocks are stacked over layers, with a leading L that their names
-leave out. `GPT2(config).apply({"params": params}, tokens_BT)` gives logits_BTV. With a "cache" collection (`init_cache`) beside the
-parameters, the tokens continue the text whose keys and values the cache holds.
+leave out. `GPT2(config).apply({"params": params}, tokens_BT)` gives logits_BTV. What is not GPT-2 is a field of the configuration, off by
+default; a change of structure subclasses a part in the experiment's own file (`experiments/parallel_block.py`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from mlm_jax.config import InputError, ModelConfig
-from mlm_jax.model.attention import attention
+from mlm_jax.model.attention import Visibility, attention
 from mlm_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -29,8 +29,11 @@ Model = nn.Module  # whatever is called as GPT2 is: an ablation may bring its ow
 class Context:
     """What every block is told about the call that it is part of."""
 
-    visible_TS: Bool[Array, "T S"]  # which keys each query may see
-    start: Int[Array, ""]  # position of the first query; where the cache is written
+    tokens_BT: Int[Array, "B T"]
+    embedded_BTD: Float[Array, "B T D"]  # the residual stream before the first block
+    positions_BT: Int[Array, "B T"]  # 0 is the first token of a text
+    visibility: Visibility
+    cache_len: int = struct.field(pytree_node=False, default=0)  # S of a cache that is made in this call
     train: bool = struct.field(pytree_node=False, default=False)  # dropout is on
 
 
@@ -38,20 +41,31 @@ def normal(std: float) -> Callable[..., Array]:
     return nn.initializers.normal(std)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over D in float32, returned in the dtype of its input (Ba et al. 2016)."""
+def rms(x: Float[Array, "... _"], eps: float) -> Float[Array, "... _"]:
+    """`x` over its root mean square along the last axis, float32 (Zhang & Sennrich 2019)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def plus(x: Float[Array, "..."], bias: Array | None) -> Float[Array, "..."]:
+    """`x` with a bias added along its last axes, if there is one."""
+    return x if bias is None else x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - bias.ndim))
+
+
+class Norm(nn.Module):
+    """Normalisation over D in float32, returned in the dtype of its input: LayerNorm (Ba et al. 2016) or RMSNorm."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        D = x_BTD.shape[-1]
+        c, D = self.config, x_BTD.shape[-1]
         scale_D = self.param("scale_D", nn.initializers.ones, (D,))
-        b_D = self.param("b_D", nn.initializers.zeros, (D,))
+        b_D = self.param("b_D", nn.initializers.zeros, (D,)) if c.norm == "layer" and c.biases else None
         x = x_BTD.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
-        return (x * scale_D[None, None] + b_D[None, None]).astype(x_BTD.dtype)
+        if c.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        return plus(rms(x, c.norm_eps) * scale_D[None, None], b_D).astype(x_BTD.dtype)
 
 
 class Attention(nn.Module):
@@ -62,34 +76,54 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         c = self.config
-        D, N, H, dtype = c.d_model, c.n_heads, c.head_dim, x_BTD.dtype
-        K = N
-        init, zeros = normal(c.init_std), nn.initializers.zeros
-        w_q_DNH, b_q_NH = self.param("w_q_DNH", init, (D, N, H)), self.param("b_q_NH", zeros, (N, H))
-        w_k_DKH, b_k_KH = self.param("w_k_DKH", init, (D, K, H)), self.param("b_k_KH", zeros, (K, H))
-        w_v_DKH, b_v_KH = self.param("w_v_DKH", init, (D, K, H)), self.param("b_v_KH", zeros, (K, H))
-        w_out_NHD = self.param("w_out_NHD", normal(residual_std(c)), (N, H, D))
-        b_out_D = self.param("b_out_D", zeros, (D,))
+        D, N, K, H, dtype = c.d_model, c.n_heads, c.n_keys, c.head_dim, x_BTD.dtype
+        init = normal(hidden_std(c))
+        w_q_DNH, b_q_NH = self.param("w_q_DNH", init, (D, N, H)), self.bias("b_q_NH", (N, H))
+        w_k_DKH, b_k_KH = self.param("w_k_DKH", init, (D, K, H)), self.bias("b_k_KH", (K, H))
+        w_v_DKH, b_v_KH = self.param("w_v_DKH", init, (D, K, H)), self.bias("b_v_KH", (K, H))
+        w_out_NHD, b_out_D = self.param("w_out_NHD", normal(residual_std(c)), (N, H, D)), self.bias("b_out_D", (D,))
 
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH.astype(dtype)) + b_q_NH.astype(dtype)[None, None]
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, w_k_DKH.astype(dtype)) + b_k_KH.astype(dtype)[None, None]
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, w_v_DKH.astype(dtype)) + b_v_KH.astype(dtype)[None, None]
-        k_BSKH, v_BSKH = self.remember("k_BSKH", k_BSKH, context), self.remember("v_BSKH", v_BSKH, context)
-        key = self.make_rng("dropout") if context.train and c.dropout else None
-        mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_TS, dropout=c.dropout, dropout_key=key)
-        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, w_out_NHD.astype(dtype)) + b_out_D.astype(dtype)[None, None]
+        q_BTNH = plus(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH.astype(dtype)), b_q_NH)
+        k_BTKH = plus(jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH.astype(dtype)), b_k_KH)
+        v_BTKH = plus(jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH.astype(dtype)), b_v_KH)
+        if c.qk_norm:
+            q_BTNH = (rms(q_BTNH, c.norm_eps) * self.param("scale_q_H", nn.initializers.ones, (H,))).astype(dtype)
+            k_BTKH = (rms(k_BTKH, c.norm_eps) * self.param("scale_k_H", nn.initializers.ones, (H,))).astype(dtype)
+        if c.position == "rotary":
+            q_BTNH, k_BTKH = rotate(q_BTNH, context.positions_BT, c.rotary_base), rotate(k_BTKH, context.positions_BT, c.rotary_base)
+        k_BKSH = self.remember("k_BKSH", k_BTKH.swapaxes(1, 2), context)
+        v_BKSH = self.remember("v_BKSH", self.values(v_BTKH, context).swapaxes(1, 2), context)
+        mixed_BNTH = attention(
+            q_BTNH.swapaxes(1, 2),
+            k_BKSH,
+            v_BKSH,
+            context.visibility,
+            implementation=c.attention,
+            scale=attention_scale(c),
+            dropout=c.dropout,
+            dropout_key=self.make_rng("dropout") if context.train and c.dropout else None,
+        )
+        return plus(jnp.einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD.astype(dtype)), b_out_D)
 
-    def remember(self, name: str, new_BTKH: Float[Array, "B T K H"], context: Context) -> Float[Array, "B S K H"]:
+    def bias(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        return self.param(name, nn.initializers.zeros, shape) if self.config.biases else None
+
+    def values(self, v_BTKH: Float[Array, "B T K H"], context: Context) -> Float[Array, "B T K H"]:
+        """The values to mix: a door for ablations."""
+        return v_BTKH
+
+    def remember(self, name: str, new_BKTH: Float[Array, "B K T H"], context: Context) -> Float[Array, "B K S H"]:
         """The keys or values of the whole text so far: the cache with the new ones written in, or the new ones where there is no cache."""
-        if not self.has_variable("cache", name):
-            return new_BTKH
-        past = self.variable("cache", name)
-        past.value = jax.lax.dynamic_update_slice_in_dim(past.value, new_BTKH.astype(past.value.dtype), context.start, axis=1)
+        if not (context.cache_len or self.has_variable("cache", name)):
+            return new_BKTH
+        B, K, _, H = new_BKTH.shape
+        past = self.variable("cache", name, jnp.zeros, (B, K, context.cache_len, H), new_BKTH.dtype)
+        past.value = jax.lax.dynamic_update_slice_in_dim(past.value, new_BKTH, context.visibility.start, axis=2)
         return past.value
 
 
 class Mlp(nn.Module):
-    """The position-wise network, with the tanh GELU of GPT-2 (Hendrycks & Gimpel 2016)."""
+    """The position-wise network."""
 
     config: ModelConfig
 
@@ -97,13 +131,19 @@ class Mlp(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
         D, F, dtype = c.d_model, c.d_ff, x_BTD.dtype
-        w_up_DF = self.param("w_up_DF", normal(c.init_std), (D, F))
-        b_up_F = self.param("b_up_F", nn.initializers.zeros, (F,))
+        w_up_DF = self.param("w_up_DF", normal(hidden_std(c)), (D, F))
+        b_up_F = self.param("b_up_F", nn.initializers.zeros, (F,)) if c.biases else None
         w_down_FD = self.param("w_down_FD", normal(residual_std(c)), (F, D))
-        b_down_D = self.param("b_down_D", nn.initializers.zeros, (D,))
-        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF.astype(dtype)) + b_up_F.astype(dtype)[None, None]
-        h_BTF = jax.nn.gelu(h_BTF, approximate=True)
-        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down_FD.astype(dtype)) + b_down_D.astype(dtype)[None, None]
+        b_down_D = self.param("b_down_D", nn.initializers.zeros, (D,)) if c.biases else None
+        h_BTF = plus(jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF.astype(dtype)), b_up_F)
+        if c.activation == "swiglu":
+            w_gate_DF = self.param("w_gate_DF", normal(hidden_std(c)), (D, F))
+            h_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF.astype(dtype))) * h_BTF
+        elif c.activation == "relu2":
+            h_BTF = jnp.square(jax.nn.relu(h_BTF))
+        else:
+            h_BTF = jax.nn.gelu(h_BTF, approximate=c.activation == "gelu_tanh")
+        return plus(jnp.einsum("BTF,FD->BTD", h_BTF, w_down_FD.astype(dtype)), b_down_D)
 
 
 class Block(nn.Module):
@@ -112,8 +152,8 @@ class Block(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        self.norm_1, self.attention = LayerNorm(self.config), Attention(self.config)
-        self.norm_2, self.mlp = LayerNorm(self.config), Mlp(self.config)
+        self.norm_1, self.attention = Norm(self.config), Attention(self.config)
+        self.norm_2, self.mlp = Norm(self.config), Mlp(self.config)
         self.dropout = nn.Dropout(self.config.dropout)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
@@ -130,31 +170,54 @@ class GPT2(nn.Module):
     stacked: bool = True  # False: parameters as `unstack` gives them, one block after the other, for decoding
 
     @nn.compact
-    def __call__(self, tokens_BT: Int[Array, "B T"], *, start: Any = 0, train: bool = False) -> Float[Array, "B T V"]:
-        """Logits, float32, of the token after each position.
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+        start: Any = None,
+        padding_B: Int[Array, "B"] | None = None,
+        cache_len: int = 0,
+        train: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32, of the token after each position; the last V - vocab_size, of padding, are -inf.
 
-        `start` is the position of the first token, for a call that continues a cache. `train=True` turns dropout on and needs
+        A token sees those before it in its own segment. Positions count from 0 unless given. `train=True` turns dropout on and needs
         rngs={"dropout": key}.
+
+        For generation `cache_len` makes a "cache" collection for that many positions (apply with mutable=["cache"]), and `start` is how
+        many it holds already in a call that continues one. The first `padding_B` positions of a row are padding, which nothing sees.
 
         Raises:
           InputError: more positions than the model can embed.
         """
-        c = self.config
-        T = tokens_BT.shape[1]
+        c, T = self.config, tokens_BT.shape[1]
         if c.context_len < T:
             raise InputError("tokens", f"{T} positions", f"model.context_len = {c.context_len} is the most this model can embed", "Shorten the text")
+        cached = bool(cache_len or start is not None)
+        start = jnp.asarray(0 if start is None else start, jnp.int32)
+        index_T = start + jnp.arange(T)
+        if padding_B is not None:
+            S = cache_len or self.cache_len() or T
+            q_segments_BT = (index_T[None, :] >= padding_B[:, None]).astype(jnp.int32)
+            k_segments_BS = (jnp.arange(S)[None, :] >= padding_B[:, None]).astype(jnp.int32)
+            positions_BT = jnp.maximum(index_T[None, :] - padding_B[:, None], 0)
+        else:
+            q_segments_BT = k_segments_BS = segments_BT
+            positions_BT = jnp.broadcast_to(index_T, tokens_BT.shape) if positions_BT is None else positions_BT
+        visibility = Visibility(start=start if cached else None, q_segments_BT=q_segments_BT, k_segments_BS=k_segments_BS)
+
         dtype = jnp.dtype(c.compute_dtype)
-        w_token_VD = self.param("w_token_VD", normal(c.init_std), (c.vocab_size, c.d_model))
-        w_position_TD = self.param("w_position_TD", normal(c.init_std / 2), (c.context_len, c.d_model))
-        start = jnp.asarray(start, jnp.int32)
-        position_TD = jax.lax.dynamic_slice_in_dim(w_position_TD, start, T)
-        x_BTD = constrain(w_token_VD, "V.")[tokens_BT] + position_TD[None]
+        w_token_VD = self.param("w_token_VD", embedding_init(c), (c.padded_vocab_size, c.d_model))
+        x_BTD = constrain(w_token_VD, "V.")[tokens_BT]
+        if c.position == "learned":
+            w_position_TD = self.param("w_position_TD", normal(c.init_std / 2), (c.context_len, c.d_model))
+            x_BTD = x_BTD + w_position_TD[positions_BT]
         x_BTD = constrain(x_BTD.astype(dtype), "BTD")
         x_BTD = nn.Dropout(c.dropout)(x_BTD, deterministic=not train)
 
-        S = self.cache_len() or T
-        visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
-        context = Context(visible_TS=visible_TS, start=start, train=train)
+        context = Context(tokens_BT, x_BTD, positions_BT, visibility, cache_len=cache_len, train=train)
         if self.stacked:
             scan = nn.scan(
                 lambda block, x, context: (block(x, context), None),
@@ -168,22 +231,72 @@ class GPT2(nn.Module):
         else:
             for layer in range(c.n_layers):
                 x_BTD = self.block(c, name=f"block_{layer}")(x_BTD, context)
-        x_BTD = LayerNorm(c, name="norm_f")(x_BTD)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_token_VD.astype(dtype), preferred_element_type=jnp.float32)
-        return constrain(logits_BTV, "BTV")
+        x_BTD = Norm(c, name="norm_f")(x_BTD)
+        w_head_VD = w_token_VD if c.tied_head else self.param("w_head_VD", embedding_init(c), w_token_VD.shape)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_head_VD.astype(dtype), preferred_element_type=jnp.float32)
+        return constrain(self.finish(logits_BTV), "BTV")
+
+    def finish(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        """The logits scaled for muP, capped and with the padding of the vocabulary out of reach, where the configuration asks for it."""
+        c = self.config
+        if c.mup_base_width:
+            logits_BTV = logits_BTV / c.width_multiplier
+        if c.logit_softcap:
+            logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
+        if c.padded_vocab_size > c.vocab_size:
+            logits_BTV = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, logits_BTV, -jnp.inf)
+        return logits_BTV
 
     def cache_len(self) -> int:
         """S of the cache in use; 0 without one."""
         leaves = jax.tree.leaves(self.variables.get("cache", {}))
-        return leaves[0].shape[-3] if leaves else 0
+        return leaves[0].shape[-2] if leaves else 0
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding: pair i, numbers i and i + H/2 of a head, is turned by position * base^(-2i/H) radians.
+
+    Source: Su et al. 2021, equation 34; the pairing is that of GPT-NeoX.
+    """
+    H = x_BTNH.shape[-1]
+    angles_BTH = positions_BT[..., None] * base ** (-jnp.arange(0, H, 2) / H)
+    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """What a query times a key is multiplied by: 1 / sqrt(H); in muP 8 / H, the same at H = 64.
+
+    Source: Yang et al. 2022, definition 4.1 and appendix B.1.
+    """
+    return 8 / config.head_dim if config.mup_base_width else config.head_dim**-0.5
+
+
+def embedding_init(config: ModelConfig) -> Callable[..., Array]:
+    """N(0, init_std) for the rows of the vocabulary, zeros for its padding."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        rows = normal(config.init_std)(key, (config.vocab_size, *shape[1:]), dtype)
+        return jnp.pad(rows, ((0, shape[0] - config.vocab_size), (0, 0)))
+
+    return init
+
+
+def hidden_std(config: ModelConfig) -> float:
+    """Initial standard deviation of the weights inside the blocks: init_std; in muP over sqrt(m).
+
+    Source: Yang et al. 2022, table 8.
+    """
+    return config.init_std / config.width_multiplier**0.5
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Initial standard deviation of the projections into the residual stream: init_std / sqrt(2 L).
+    """Initial standard deviation of the projections into the residual stream: that of the others over sqrt(2 L).
 
     Source: Radford et al. 2019, section 2.3 (two residual layers in a block).
     """
-    return config.init_std / (2 * config.n_layers) ** 0.5
+    return hidden_std(config) / (2 * config.n_layers) ** 0.5
 
 
 def init(model: Model, key: jax.Array) -> Params:
@@ -204,10 +317,3 @@ def unstack(params: Params) -> Params:
     rest = {name: value for name, value in params.items() if name != "blocks"}
     L = jax.tree.leaves(params["blocks"])[0].shape[0]
     return rest | {f"block_{layer}": jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"]) for layer in range(L)}
-
-
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> Params:
-    """An empty key/value cache for `length` positions, in the compute type, for `GPT2(..., stacked=False)`."""
-    shape = (batch_size, length, config.n_heads, config.head_dim)
-    zeros = {"attention": {name: jnp.zeros(shape, config.compute_dtype) for name in ("k_BSKH", "v_BSKH")}}
-    return {f"block_{layer}": jax.tree.map(jnp.copy, zeros) for layer in range(config.n_layers)}

@@ -132,11 +132,11 @@ def test_unrolled_and_unstacked_layers_give_the_same_logits(params):
 def test_the_cache_gives_the_logits_of_the_full_forward(params):
     tokens_BT, flat, flat_params = tokens(3, 16), gpt2.GPT2(CONFIG, stacked=False), gpt2.unstack(params)
     full_BTV = gpt2.GPT2(CONFIG).apply({"params": params}, tokens_BT)
-    cache, got = gpt2.init_cache(CONFIG, 3, 16), []
-    step = jax.jit(lambda cache, t, start: flat.apply({"params": flat_params, "cache": cache}, t, start=start, mutable=["cache"]))
-    for start, T in ((0, 5), (5, 1), (6, 1), (7, 4), (11, 5)):  # prefill, single tokens, and chunks
-        logits, grown = step(cache, tokens_BT[:, start : start + T], start)
-        cache = grown["cache"]
+    logits, grown = flat.apply({"params": flat_params}, tokens_BT[:, :5], cache_len=16, mutable=["cache"])
+    got = [logits]
+    step = jax.jit(lambda cache, t, start: flat.apply({"params": flat_params, **cache}, t, start=start, mutable=["cache"]))
+    for start, T in ((5, 1), (6, 1), (7, 4), (11, 5)):  # single tokens, and chunks
+        logits, grown = step(grown, tokens_BT[:, start : start + T], start)
         got.append(logits)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), full_BTV, atol=1e-5)
 
