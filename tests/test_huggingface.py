@@ -96,8 +96,9 @@ def test_what_config_json_leaves_out_is_hugging_faces_default(folder: Path) -> N
     config, _ = huggingface.import_weights(folder)
     default = transformers.GPT2Config()
     assert (config.norm_eps, config.init_std, config.dropout) == (default.layer_norm_epsilon, default.initializer_range, default.resid_pdrop)
-    assert {key: choices[0] for key, choices in huggingface.FIXED.items()} == {key: getattr(default, key) for key in huggingface.FIXED}
-    assert default.n_inner is None and default.tie_word_embeddings
+    assert huggingface.FIXED == {key: getattr(default, key) for key in huggingface.FIXED}
+    assert default.n_inner is None and default.tie_word_embeddings and config.tied_head
+    assert (default.activation_function, config.activation) == ("gelu_new", "gelu_tanh")
 
 
 def test_the_columns_of_c_attn_are_queries_then_keys_then_values_head_by_head() -> None:
@@ -116,10 +117,23 @@ def test_the_table_names_every_parameter_of_the_model_with_its_shape() -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
 
-def test_the_124m_model_has_124439808_parameters_in_148_tensors() -> None:
-    shapes = huggingface.tensor_shapes(ModelConfig(vocab_size=50257))
-    assert len(shapes) == 12 * 12 + 4
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 124_439_808
+# Parameters as transformers counts them, with the sizes of Radford et al. 2019, table 2, and of distilbert/distilgpt2's config.json.
+PARAMETERS = [
+    (12, 12, 768, 124_439_808),
+    (24, 16, 1024, 354_823_168),
+    (36, 20, 1280, 774_030_080),
+    (48, 25, 1600, 1_557_611_200),
+    (6, 12, 768, 81_912_576),
+]
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads", "d_model", "count"), PARAMETERS)
+def test_every_size_has_exactly_its_number_of_parameters_in_both_namings(n_layers: int, n_heads: int, d_model: int, count: int) -> None:
+    config = ModelConfig(vocab_size=50257, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_ff=4 * d_model)
+    shapes = huggingface.tensor_shapes(config)
+    assert len(shapes) == 12 * n_layers + 4
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+    assert gpt2.n_params(jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0)))) == count
 
 
 # ---- the round trips ----
@@ -187,8 +201,10 @@ def test_half_precision_weights_become_the_same_numbers_in_float32(folder: Path,
     rewrite(folder, halves)
     _, params = huggingface.import_weights(folder)
     assert params["w_token_VD"].dtype == np.float32
-    for name, tensor in huggingface.to_tensors(huggingface.import_weights(folder)[0], params).items():
-        np.testing.assert_array_equal(tensor.astype(np.float64), halves["transformer." + name].astype(np.float64))
+    shapes, read = huggingface.to_tensors(huggingface.import_weights(folder)[0], params)
+    assert {"transformer." + name for name in shapes} == set(halves)
+    for name in shapes:
+        np.testing.assert_array_equal(read(name).astype(np.float64), halves["transformer." + name].astype(np.float64))
 
 
 def shard(folder: Path) -> dict[str, str]:
@@ -251,7 +267,7 @@ def test_a_transposed_weight_is_refused_and_not_reshaped(folder: Path) -> None:
 
 def test_a_head_of_its_own_is_refused(folder: Path) -> None:
     rewrite(folder, tensors_of(folder) | {"lm_head.weight": np.zeros((V, D), np.float32)})
-    with pytest.raises(InputError, match=r"lm_head\.weight differs from wte\.weight.*not tied"):
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from wte\.weight.*said to be tied.*tie_word_embeddings"):
         huggingface.import_weights(folder)
 
 
@@ -284,15 +300,9 @@ def test_a_truncated_weight_file_is_refused(folder: Path, keep: int) -> None:
         huggingface.import_weights(folder)
 
 
-def test_pickled_weights_alone_are_refused_with_the_remedy(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"only safetensors is read, not pytorch_model\.bin\. Convert"):
-        huggingface.import_weights(folder)
-
-
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"no model\.safetensors.*Give a folder with model\.safetensors"):
+    with pytest.raises(InputError, match=r"no model\.safetensors.*Give a folder with config\.json and model\.safetensors, or"):
         huggingface.import_weights(folder)
 
 
@@ -307,7 +317,7 @@ def test_an_index_that_points_out_of_the_folder_is_refused(folder: Path, outside
     files = shard(folder)
     files[max(files)] = outside
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    with pytest.raises(InputError, match=r"index\.json = .*not a safetensors file of this folder"):
+    with pytest.raises(InputError, match=r"index\.json = .*not a \.safetensors file of this folder"):
         huggingface.import_weights(folder)
 
 
@@ -334,7 +344,9 @@ def test_an_unreadable_index_is_refused(folder: Path, text: str, reason: str) ->
     [
         ({"model_type": "llama"}, "model_type = llama: not a GPT-2"),
         ({"model_type": None}, "model_type.*not a GPT-2"),
-        ({"activation_function": "gelu"}, "activation_function = gelu: .*'gelu_new' or 'gelu_pytorch_tanh' only"),
+        ({"activation_function": "gelu_fast"}, "activation_function = gelu_fast: not one of gelu_new, gelu_pytorch_tanh, gelu, relu2"),
+        ({"activation_function": ["gelu"]}, "activation_function = .*not one of"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = no: neither true nor false"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
@@ -562,9 +574,10 @@ def test_a_hub_model_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPa
         huggingface.resolve("no-such-org/no-such-model")
 
 
-def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="a file, not a folder"):
-        huggingface.resolve(folder / "model.safetensors")
+def test_a_weight_file_is_itself_and_another_file_is_refused(folder: Path) -> None:
+    assert huggingface.resolve(folder / "model.safetensors") == folder / "model.safetensors"
+    with pytest.raises(InputError, match=r"a file, but none of \.safetensors, \.bin, \.pt, \.pth"):
+        huggingface.resolve(folder / "config.json")
 
 
 # ---- parity with PyTorch, where it is installed ----
