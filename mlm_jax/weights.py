@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pickle  # for the name of an error: nothing here unpickles
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,12 +83,13 @@ def open_pytorch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except ImportError as e:
         reason = "a PyTorch file, and PyTorch is not installed"
         raise InputError(str(path), "", reason, "pip install torch, or convert the weights to safetensors") from e
-    import pickle  # only for the name of its error
 
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # the format since PyTorch 1.6; the older one cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e:
         reason = f"not loaded, as it holds code or objects beside tensors, or is no PyTorch file ({_first_line(e)})"
         raise InputError(str(path), "", reason, "Give a state dict: torch.save(model.state_dict(), PATH), or better safetensors") from e
