@@ -10,6 +10,7 @@ Result   see README.md
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -80,6 +81,7 @@ def main() -> None:
         size = (source / "model.safetensors").stat().st_size
         for _ in range(args.rounds):
             for side, done in rounds.items():
+                os.sync()  # else a round waits for the disk to take what the one before it wrote
                 command = [sys.executable, __file__, "--convert", side, str(source), str(out)]
                 printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 done.append(json.loads(printed.splitlines()[-1]))

@@ -137,7 +137,7 @@ def resolve(ref: str | Path) -> Path:
     remedy = f"{WANTED}, or a hub name such as gpt2 or openai-community/gpt2"
     if path.is_file():
         if path.suffix not in (".safetensors", *weights.PYTORCH):
-            raise InputError("model", str(ref), f"a file, but none of .safetensors, {', '.join(weights.PYTORCH)}", remedy)
+            raise InputError("model", str(ref), f"a file, not a folder, and none of .safetensors, {', '.join(weights.PYTORCH)}", remedy)
         return path
     if isinstance(ref, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", ref):
         raise InputError("model", str(ref), "no such folder", remedy)

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from mlm_jax import checkpoint, decode, evaluate, experiment, huggingface, report, sharding
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
+from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.data import tokens as token_shards
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.clean import Audit, clean
@@ -227,19 +228,24 @@ def load(
     trust_code: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     build: Callable[[ModelConfig], gpt2.Model] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | Path = "",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Loaded:
-    """The model in a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory, or a hub name.
+    """The model in a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory, a weight file, or a hub name.
 
     The parameters come to the mesh, without one to the first device. `build` makes the model where the caller has the run's code.
+    For weights of others, `settings` say what they do not tell (`huggingface.open_weights`), `tokenizer` is a folder with theirs, or
+    gpt2, where there is none beside them, and `say` is told what was found.
 
     Raises:
-      InputError: nothing is there, it is damaged, or it needs code that is not trusted.
+      InputError: nothing is there, it is damaged, it needs code that is not trusted, or a setting or a tokenizer that it lacks.
     """
     folder, step = _run_and_step(Path(reference))
     if not (folder / "run.json").is_file():
-        hub = huggingface.resolve(str(reference))
-        config, params = huggingface.import_weights(hub)
-        return Loaded(gpt2.GPT2(config), jax.tree.map(jnp.asarray, params), Tokenizer.load(hub))
+        return _load_of_others(str(reference), mesh, settings, tokenizer, say)
+    if settings or tokenizer:
+        raise InputError("MODEL", str(reference), "a run, which has a configuration and a tokenizer of its own", "Leave out settings and tokenizer")
     config = read_config(folder).model
     recorded = read_json(folder / "run.json").get("experiment")
     model = build(config) if build else experiment.rebuild(recorded, config, folder, trust_code=trust_code)
@@ -255,6 +261,21 @@ def load(
     return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))
 
 
+def _load_of_others(
+    reference: str, mesh: jax.sharding.Mesh | None, settings: Mapping[str, Any] | None, tokenizer: str | Path, say: Callable[[str], None]
+) -> Loaded:
+    path = huggingface.resolve(reference)
+    source = huggingface.open_weights(path, settings=settings)
+    own = path if path.is_dir() else path.parent
+    tokens = tokenizers.gpt2() if tokenizer == "gpt2" else Tokenizer.load(Path(tokenizer or own))
+    if tokens.vocab_size > source.config.vocab_size:
+        reason = f"has {tokens.vocab_size} tokens, more than the {source.config.vocab_size} that the model embeds"
+        raise InputError("tokenizer", str(tokenizer or own), reason, "Use the tokenizer that the model was trained with")
+    params = source.params(mesh) if mesh else jax.tree.map(jnp.asarray, source.params())
+    say(f"{reference}: {source.describe()}")
+    return Loaded(gpt2.GPT2(source.config), params, tokens)
+
+
 def _run_and_step(reference: Path) -> tuple[Path, int | None]:
     """RUN/checkpoints/STEP as (RUN, STEP); any other path as (path, None)."""
     if reference.parent.name == "checkpoints" and reference.name.isdigit():
@@ -262,19 +283,26 @@ def _run_and_step(reference: Path) -> tuple[Path, int | None]:
     return reference, None
 
 
-def import_model(reference: str, folder: Path) -> None:
-    """Writes a Hugging Face model as a run directory with one checkpoint, 0.
+def import_model(
+    reference: str,
+    folder: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | Path = "",
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> None:
+    """Writes a model of Hugging Face, nanoGPT or minGPT as a run directory with one checkpoint, 0; `settings` and `tokenizer` as for `load`.
 
     Raises:
       InputError: the folder is in use, or the model cannot be read.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("OUT", str(folder), "exists and is not empty", "Name a new directory")
-    model, params, tokenizer = load(reference)
+    model, params, tokens = load(reference, settings=settings, tokenizer=tokenizer, say=say)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(0, params, {"step": jnp.int32(0)})
-    tokenizer.save(folder / "tokenizer")
+    tokens.save(folder / "tokenizer")
     config = Config(name="imported", model=model.config)
     write_json(folder / "run.json", {"experiment": {"module": "", "structural": False, "files": []}, "imported_from": str(reference)})
     write_text(folder / "config.json", to_json(config))

@@ -22,7 +22,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlm_jax import cli, huggingface, objectives, sharding, weights
+from mlm_jax import cli, huggingface, objectives, runs, sharding, weights
 from mlm_jax.config import DataConfig, InputError, MeshConfig, ModelConfig
 from mlm_jax.data import tokenizer
 from mlm_jax.model import gpt2
@@ -347,6 +347,29 @@ def test_the_activation_goes_both_ways(folder: Path, tmp_path: Path, theirs: str
     assert json.loads((out / "config.json").read_text())["activation_function"] == theirs
 
 
+def test_a_weight_file_becomes_a_run_with_the_settings_and_the_tokenizer_that_it_lacks(folder: Path, tmp_path: Path, tokens: Path) -> None:
+    rewrite(folder, linear(tensors_of(folder)))
+    alone, said = shutil.copy(folder / "model.safetensors", tmp_path / "weights.safetensors"), []
+    with pytest.raises(InputError, match=r"tokenizer = .*has neither tokenizer\.json"):
+        runs.import_model(str(alone), tmp_path / "run", settings=BARE)
+    with pytest.raises(InputError, match=r"tokenizer = gpt2: has 50257 tokens, more than the 97"):
+        runs.import_model(str(alone), tmp_path / "run", settings=BARE, tokenizer="gpt2")
+    runs.import_model(str(alone), tmp_path / "run", settings=BARE, tokenizer=tokens, say=said.append)
+    assert "Linear (out, in)" in said[0] and len(said) == 1
+    model, params, made = runs.load(tmp_path / "run")
+    assert same_params(jax.tree.map(np.asarray, params), huggingface.import_weights(GOLDEN)[1])
+    assert (made.vocab_size, model.config.n_heads) == (tokenizer.Tokenizer.load(tokens).vocab_size, N)
+    with pytest.raises(InputError, match="a run, which has a configuration"):
+        runs.load(tmp_path / "run", settings=BARE)
+
+
+def test_weights_of_others_come_straight_onto_the_mesh_that_load_is_given(folder: Path, tokens: Path) -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    _, params, _ = runs.load(folder, mesh=mesh, settings={"vocab_multiple": 2}, tokenizer=tokens)
+    assert jax.tree.map(lambda x: x.sharding, params) == sharding.shardings(mesh, params)
+    assert len(params["blocks"]["mlp"]["w_up_DF"].sharding.device_set) == 8
+
+
 # ---- padding, the mesh, memory ----
 
 
@@ -660,6 +683,7 @@ BROKEN_TORCH: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("what", [*BROKEN, *(pytest.param(what, marks=pytest.mark.parity) for what in BROKEN_TORCH)])
 def test_broken_input_is_refused_in_one_line_with_exit_status_2(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     spoil, line = (BROKEN | BROKEN_TORCH)[what]
+    tokenizer.characters([TEXT]).save(folder)  # so that nothing but the model is broken
     reference = spoil(folder)
     reference = reference if isinstance(reference, Path) and reference.suffix != ".bin" else folder
     assert cli.main(["import", str(reference), str(folder / "out")]) == 2
@@ -958,7 +982,7 @@ def test_a_hub_model_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_a_weight_file_is_itself_and_another_file_is_refused(folder: Path) -> None:
     assert huggingface.resolve(folder / "model.safetensors") == folder / "model.safetensors"
-    with pytest.raises(InputError, match=r"a file, but none of \.safetensors, \.bin, \.pt, \.pth"):
+    with pytest.raises(InputError, match=r"a file, not a folder, and none of \.safetensors, \.bin, \.pt, \.pth"):
         huggingface.resolve(folder / "config.json")
 
 
