@@ -90,6 +90,16 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path).startswith("w_"), params)
 
 
+def is_hidden(params: Any) -> Any:
+    """True for the weights (w_) between activations, by name: all but embeddings, positions and the head, which have a letter V or T."""
+
+    def of(path: tuple, _: Any) -> bool:
+        name = _name(path)
+        return name.startswith("w_") and not set("VT") & set(axes_of(name))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x`, laid out over the mesh in use as `letters` say; unchanged where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -71,7 +71,7 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainSt
     windows = validation_windows(open_tokens(tokens, "val"), config.model.context_len)
     bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / jnp.log(2.0).item()  # nats/token -> bits/byte
 
-    tx = optim.optimizer(config.optim, c.steps)
+    tx = optim.optimizer(config.optim, c.steps, width_multiplier=config.model.width_multiplier)
     schedule = optim.schedule(config.optim, c.steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.sharding.set_mesh(mesh))
