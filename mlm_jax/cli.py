@@ -4,10 +4,13 @@ Exit status: 0 done, 1 the work failed, 2 the input was wrong (one line says whi
 """
 
 import argparse
+import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import sys
+import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,15 +96,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", metavar="SOURCE", help="a file or folder of text (default: the validation split of the run)")
     _trust(sub)
 
-    sub = verb("generate", generate, "continue a prompt")
+    sub = verb("generate", generate, "continue a prompt, or several")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--prompt", default="", help="the text to continue (default: the start of a document)")
-    sub.add_argument("--num", type=int, default=1, metavar="N", help="how many continuations (default 1)")
-    sub.add_argument("--max-tokens", type=int, default=50, metavar="N", help="length of each at most (default 50)")
-    sub.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default 1)")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default 0: all)")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens of mass P (default 1: all)")
-    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; repeatable (default: the start of a document)")
+    _settings(sub, without=("prompt",))
+    sub.add_argument("--stream", action="store_true", help="print the text as it is written")
+    sub.add_argument("--scores", action="store_true", help="print the log-probability of each continuation, and why it ended")
+    sub.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that guesses ahead (speculative decoding)")
+    sub.add_argument("--drafted", type=int, default=4, metavar="N", help="how many tokens it guesses at a time (default 4)")
+    _trust(sub)
+
+    sub = verb("chat", chat, "talk with a model in the terminal")
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _settings(sub, without=("num", "beams", "length_penalty", "early_stopping", "forced"))
+    sub.add_argument("--user", metavar="NAME", help="what your turns begin with (default User)")
+    sub.add_argument("--assistant", metavar="NAME", help="what the model's turns begin with (default Assistant)")
     _trust(sub)
 
     sub = verb("import", import_, "turn a Hugging Face GPT-2 into a run directory")
@@ -119,6 +128,31 @@ def parser() -> argparse.ArgumentParser:
 
 
 MODEL_HELP = "a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
+
+
+def _settings(sub: argparse.ArgumentParser, without: tuple[str, ...]) -> None:
+    """A flag for each field of SampleConfig."""
+    from mlm_jax.config import SampleConfig
+
+    for field in dataclasses.fields(SampleConfig):
+        if field.name in without:
+            continue
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.type is bool:
+            sub.add_argument(flag, action="store_true", default=None, help=text)
+        elif typing.get_origin(field.type) is tuple:
+            kind, _ = typing.get_args(field.type)
+            sub.add_argument(flag, action="append", type=kind, metavar="ID" if kind is int else "TEXT", help=text)
+        else:
+            kind: Any = field.type
+            metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+            sub.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default {field.default!r})")
+
+
+def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of `config` that the command line gives."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(config)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
 
 
 def _trust(sub: argparse.ArgumentParser) -> None:
@@ -166,14 +200,48 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
-    from mlm_jax import decode, runs
+    from mlm_jax import runs
+    from mlm_jax.config import InputError, SampleConfig
+    from mlm_jax.decode import text
 
-    settings = {name: getattr(args, name) for name in ("num", "max_tokens", "temperature", "top_k", "top_p", "seed")}
-    texts = decode.generate(*runs.load(args.model, trust_code=args.trust_code), args.prompt, **settings)
+    prompts = args.prompt or [""]
+    args.prompt = None
+    config = SampleConfig(**_given(args, SampleConfig))
+    if args.stream and (len(prompts) > 1 or args.json or args.draft):
+        raise InputError("--stream", "", "prints one text as it is written", "Give one --prompt, and neither --json nor --draft")
+    loaded = runs.load(args.model, trust_code=args.trust_code)
+    if args.stream:
+        sys.stdout.write(prompts[0])
+        for piece in text.stream(*loaded, prompts[0], **_given(args, SampleConfig)):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return {}
+    draft = None
+    if args.draft:
+        small, small_params, _ = runs.load(args.draft, trust_code=args.trust_code)
+        draft = text.Draft(small, small_params, args.drafted)
+    found = text.generations(*loaded, prompts, config, draft=draft)
+    rows = [(prompt, generation) for prompt, row in zip(prompts, found, strict=True) for generation in row]
     if not args.json:
-        for i, text in enumerate(texts, 1):
-            print((f"--- {i}\n" if len(texts) > 1 else "") + args.prompt + text)
-    return {"prompt": args.prompt, "texts": texts}
+        for i, (prompt, generation) in enumerate(rows, 1):
+            scores = f"  {generation.ended_by}" + ("" if generation.score is None else f"  {generation.score:.4f} nats")
+            heading = f"--- {i}{scores if args.scores else ''}\n" if len(rows) > 1 or args.scores else ""
+            print(heading + prompt + generation.text)
+    keys = ("text", "score", "ended_by")
+    listed = [{"prompt": p, **{key: getattr(g, key) for key in keys}, "tokens": [int(i) for i in g.tokens]} for p, g in rows]
+    return {"generations": listed}
+
+
+def chat(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import runs
+    from mlm_jax.decode import chat
+
+    config = chat.ChatConfig(**{"max_tokens": 200, "temperature": 0.8, **_given(args, chat.ChatConfig)})
+    conversation = chat.Conversation(*runs.load(args.model, trust_code=args.trust_code), config)
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        chat.chat(conversation)
+    return {"turns": conversation.turns}
 
 
 def import_(args: argparse.Namespace) -> dict[str, Any]:

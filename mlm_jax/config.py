@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -46,6 +46,13 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     """`value` as a field of type `kind`: an int where a float is due becomes one."""
     if kind is float and type(value) is int:
         return float(value)
+    if typing.get_origin(kind) is tuple:  # of any length; a list where JSON has no tuple
+        one, _ = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            raise InputError(
+                path, repr(value), f"expected a sequence of {one.__name__}", f"Write, for example, {path}=({'0' if one is int else repr('text')},)"
+            )
+        return tuple(_typed(one, item, path) for item in value)
     if type(value) is not kind:
         reason = "a single value, it has no fields" if isinstance(value, Mapping) else f"expected {kind.__name__}, got {type(value).__name__}"
         raise InputError(path, repr(value), reason, f"Write a value of type {kind.__name__}")
@@ -232,21 +239,71 @@ class MeshConfig:
             raise InputError(f"mesh.{rest[-1]}", -1, f"mesh.{rest[0]} is -1 too", "Let one axis take the devices that remain")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """What a finished run writes into samples.txt."""
+def _help(default: Any, text: str) -> Any:
+    """A field that the command line shows with `text`."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
-    prompt: str = ""  # empty: from the start of a document
-    num: int = 3
-    max_tokens: int = 200
-    temperature: float = 0.8  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from the logits, in this order: penalties, bans, temperature, top_k, top_p, min_p. Another setting compiles anew."""
+
+    temperature: float = _help(1.0, "0 is greedy")
+    top_k: int = _help(0, "choose among the K likeliest tokens; 0: all")
+    top_p: float = _help(1.0, "choose among the likeliest tokens of mass P; 1: all")
+    min_p: float = _help(0.0, "drop the tokens less likely than this share of the likeliest")
+    repetition_penalty: float = _help(1.0, "divide the positive logits of tokens in the prompt or the text by this, multiply the negative")
+    frequency_penalty: float = _help(0.0, "subtract this from the logit of a token for each time that it was generated")
+    min_tokens: int = _help(0, "length of each at least: no end of text before")
+    banned: tuple[int, ...] = _help((), "a token id that is never chosen; repeatable")
+    forced: tuple[int, ...] = _help((), "a token id that every continuation begins with, in this order; repeatable")
 
     def __post_init__(self) -> None:
-        _check_types(self, "sample.")
-        _at_least(self, "sample", num=1, max_tokens=1, temperature=0, top_k=0)
-        _check(0 < self.top_p <= 1, "sample.top_p", self.top_p, "not a probability", "Give a value above 0, at most 1")
+        _check_types(self, "")
+        for name, least in {"temperature": 0, "top_k": 0, "min_tokens": 0, "frequency_penalty": -math.inf}.items():
+            value = getattr(self, name)
+            remedy = f"Give a finite value{f' of {least} or more' if least == 0 else ''}"
+            _check(least <= value < math.inf, name, value, "out of range", remedy)
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "not a probability", "Give a value above 0, at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "not a probability", "Give a value from 0 to 1")
+        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "not a factor", "Give a value above 0")
+        for name in ("banned", "forced"):
+            wrong = [i for i in getattr(self, name) if i < 0]
+            _check(not wrong, name, wrong, "not token ids", "Give ids of 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(Sampling):
+    """How text is generated: the settings of `mlm_jax.generate`, the flags of `mlm-jax generate` and `chat`, and a run's samples.txt."""
+
+    prompt: str = _help("", "the text to continue; empty: the start of a document")
+    num: int = _help(1, "continuations of each prompt")
+    max_tokens: int = _help(50, "length of each at most, in tokens")
+    stop: tuple[str, ...] = _help((), "end a continuation before this text; repeatable")
+    beams: int = _help(1, "above 1: beam search, which draws nothing; its best NUM are returned")
+    length_penalty: float = _help(1.0, "for beams: log-probability is divided by length to this power")
+    early_stopping: bool = _help(False, "for beams: stop when as many are finished as there are beams")
+    overflow: str = _help("refuse", "beyond the context length: refuse, or window (go on from its last half)")
+    seed: int = _help(0, "of the random draws")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"num": 1, "max_tokens": 1, "beams": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            _check(value >= least, name, value, f"below {least}", f"Give {least} or more")
+        _check(-math.inf < self.length_penalty < math.inf, "length_penalty", self.length_penalty, "not a power", "Give a finite number")
+        one_of("overflow", self.overflow, ("refuse", "window"))
+        _check("" not in self.stop, "stop", "''", "empty, it would end everything", "Give a text")
+        if self.beams > 1:
+            _check(self.num <= self.beams, "num", self.num, f"more than beams = {self.beams}", "Search with more beams")
+            _check(self.overflow == "refuse", "overflow", self.overflow, "beam search does not slide", "Leave it at refuse")
+        elif self.temperature == 0:
+            _check(self.num == 1, "num", self.num, "greedy continuations of a prompt are all the same", "Set a temperature or beams")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The part that the decoder is compiled for."""
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +316,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
-    sample: SampleConfig = SampleConfig()
+    sample: SampleConfig = SampleConfig(num=3, max_tokens=200, temperature=0.8)
 
     def __post_init__(self) -> None:
         _check_types(self, "")
@@ -306,7 +363,15 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
             value = _replace(getattr(config, key), value, f"{prefix}{key}.")
         new[key] = _typed(types[key], value, prefix + key)
-    return dataclasses.replace(config, **new)
+    return _made(lambda: dataclasses.replace(config, **new), prefix)
+
+
+def _made(make: Callable[[], Any], prefix: str) -> Any:
+    """What `make` gives; an InputError of it names the field from the top."""
+    try:
+        return make()
+    except InputError as e:
+        raise e if e.field.startswith(prefix) else InputError(prefix + e.field, e.value, e.reason, e.remedy) from e
 
 
 def _known_field(cls: type, types: Mapping[str, Any], key: str, prefix: str) -> None:
@@ -325,12 +390,13 @@ def parse_set(items: Iterable[str]) -> dict[str, Any]:
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise InputError("--set", item, "not of the form path=value", "Write, for example, --set optim.peak_lr=3e-4")
-        changes[path] = _literal(path, text)
+        changes[path] = parse_literal(Config, path, text)
     return changes
 
 
-def _literal(path: str, text: str) -> Any:
-    field = _field_type(Config, path.split("."))
+def parse_literal(cls: type, path: str, text: str) -> Any:
+    """The value that `text` writes for a dotted field of `cls`; what is no literal is a string."""
+    field = _field_type(cls, path.split("."))
     if field is str:  # a name such as 1e3 or None stays text
         return text
     if text.lower() in ("true", "false"):
@@ -391,4 +457,4 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
             value = _build(types[key], value, f"{prefix}{key}.")
         new[key] = _typed(types[key], value, prefix + key)
-    return cls(**new)
+    return _made(lambda: cls(**new), prefix)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlm_jax import checkpoint, decode, evaluate, experiment, huggingface, report, sharding
+from mlm_jax import checkpoint, evaluate, experiment, huggingface, report, sharding
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
@@ -28,6 +28,7 @@ from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.clean import Audit, clean
 from mlm_jax.data.text import documents as documents_of
 from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.decode import text as text_generation
 from mlm_jax.experiment import Experiment
 from mlm_jax.model import gpt2
 
@@ -126,7 +127,7 @@ class Run:
         validation_windows(token_shards.open_tokens(self.tokens, "val"), T)
         c = self.config.sample
         n_prompt = len(tokenizer.encode(c.prompt)) if c.prompt else 1
-        if n_prompt + c.max_tokens > T:
+        if c.overflow == "refuse" and n_prompt + c.max_tokens > T:
             remedy = f"Ask for at most {T - n_prompt}" if n_prompt < T else "Shorten sample.prompt"
             raise InputError("sample.max_tokens", c.max_tokens, f"with {n_prompt} prompt tokens more than model.context_len = {T}", remedy)
 
@@ -168,10 +169,9 @@ class Run:
         path, c = self.folder / "samples.txt", self.config.sample
         if self._is_done(path):
             return path.read_text(encoding="utf-8")
-        settings = {name: getattr(c, name) for name in ("num", "max_tokens", "temperature", "top_k", "top_p")}
         with jax.sharding.set_mesh(self.mesh):
-            texts = decode.generate(*self.trained, c.prompt, **settings)
-        text = "".join(f"--- sample {i}\n{c.prompt}{t}\n" for i, t in enumerate(texts, 1))
+            (found,) = text_generation.generations(*self.trained, [c.prompt], c)
+        text = "".join(f"--- sample {i}\n{c.prompt}{generation.text}\n" for i, generation in enumerate(found, 1))
         if self.leads:
             write_text(path, text)
         self.say(text)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlm_jax import cli, decode, huggingface, runs
+from mlm_jax import cli, huggingface, runs
+from mlm_jax.decode import text
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +49,7 @@ def test_help_needs_no_heavy_library():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", ["run", "prepare", "train", "evaluate", "generate", "import", "export", "report"])
+@pytest.mark.parametrize("verb", ["run", "prepare", "train", "evaluate", "generate", "chat", "import", "export", "report"])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main([verb, "--help"])
@@ -74,7 +76,7 @@ def test_failed_work_is_status_1_and_one_line(tiny_run, monkeypatch, capfd):
     def fail(*args, **kwargs):
         raise RuntimeError("two\n  lines")
 
-    monkeypatch.setattr(decode, "generate", fail)
+    monkeypatch.setattr(text, "generations", fail)
     assert cli.main(["generate", str(tiny_run.folder)]) == 1
     assert capfd.readouterr().err == "mlm-jax: RuntimeError: two lines (--traceback shows where)\n"
     with pytest.raises(RuntimeError):
@@ -90,7 +92,7 @@ def test_an_interrupt_is_status_130(tiny_run, tiny_experiment, tmp_path, monkeyp
     def interrupt(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(decode, "generate", interrupt)
+    monkeypatch.setattr(text, "generations", interrupt)
     assert cli.main(["generate", str(tiny_run.folder)]) == 130
     assert capfd.readouterr().err == "\nmlm-jax: interrupted\n"
     monkeypatch.setattr(runs.Run, "prepare", interrupt)
@@ -321,7 +323,7 @@ def test_import_and_export_give_the_same_tensors_byte_by_byte(tiny_run, tmp_path
 def texts(capfd, *argv):
     capfd.readouterr()
     assert cli.main(["generate", *map(str, argv), "--json", "--traceback"]) == 0
-    return json.loads(capfd.readouterr().out)["texts"]
+    return [g["text"] for g in json.loads(capfd.readouterr().out)["generations"]]
 
 
 def test_every_kind_of_model_generates_the_same_for_the_same_seed(tiny_run, capfd):
@@ -345,17 +347,57 @@ def test_generate_prints_the_prompt_and_what_follows(tiny_run, capfd):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--num", "0"], "num = 0: nothing to generate"),
-        (["--max-tokens", "0"], "max_tokens = 0: nothing to generate"),
+        (["--num", "0"], "num = 0: below 1"),
+        (["--max-tokens", "0"], "max_tokens = 0: below 1"),
         (["--max-tokens", "16"], "with 1 prompt tokens more than model.context_len = 16. Ask for at most 15"),
         (["--prompt", "ab" * 99], "Shorten the prompt"),
-        (["--temperature", "-1"], "temperature = -1.0: not a temperature"),
-        (["--top-k", "-1"], "top_k = -1: not a number of tokens"),
+        (["--temperature", "-1"], "temperature = -1.0: out of range"),
+        (["--top-k", "-1"], "top_k = -1: out of range"),
         (["--top-p", "0"], "top_p = 0.0: not a probability"),
+        (["--stop", ""], "stop = '': empty"),
+        (["--banned", "9999"], "token 9999: outside the model's vocabulary"),
+        (["--stream", "--json"], "--stream: prints one text"),
+        (["--stream", "--beams", "2", "--max-tokens", "5"], "beams = 2: a stream is one continuation"),
     ],
 )
 def test_settings_out_of_range_are_named(tiny_run, argv, words, capfd):
     assert words in refused(["generate", tiny_run.folder, *argv], capfd)
+
+
+def test_several_prompts_are_continued_each_as_alone(tiny_run, capfd):
+    argv = [tiny_run.folder, "--max-tokens", 8, "--num", 2]
+    together = texts(capfd, *argv, "--prompt", "the model", "--prompt", "a")
+    assert together == texts(capfd, *argv, "--prompt", "the model") + texts(capfd, *argv, "--prompt", "a")
+
+
+def test_a_stream_prints_what_generate_prints(tiny_run, capfd):
+    argv = ["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8"]
+    assert cli.main(argv) == 0
+    printed = capfd.readouterr().out
+    assert cli.main([*argv, "--stream"]) == 0
+    assert capfd.readouterr().out == printed
+
+
+def test_scores_and_beams_and_a_draft_are_asked_for_by_flag(tiny_run, capfd):
+    argv = ["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8", "--traceback"]
+    assert cli.main([*argv, "--beams", "3", "--num", "2", "--scores"]) == 0
+    best = [float(score) for score in re.findall(r"^--- \d  (?:length|end of text)  (-\d+\.\d{4}) nats$", capfd.readouterr().out, re.M)]
+    assert len(best) == 2 and best[0] >= best[1]
+    greedy = texts(capfd, *argv[1:-1], "--temperature", 0)
+    assert texts(capfd, *argv[1:-1], "--temperature", 0, "--draft", tiny_run.folder, "--drafted", 2) == greedy
+
+
+def test_a_conversation_over_standard_input(tiny_run):
+    done = subprocess.run(
+        [sys.executable, "-m", "mlm_jax.cli", "chat", str(tiny_run.folder), "--max-tokens", "4", "--user", "a", "--assistant", "the", "--json"],
+        input="reads\n/set max_tokens 2\nwrites\n/set max_tokens x\n/quit\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    turns = json.loads(done.stdout)["turns"]
+    assert [said for said, _ in turns] == ["reads", "writes"]
+    assert "max_tokens = 'x': expected int, got str" in done.stderr
 
 
 # ---- evaluate and report ----

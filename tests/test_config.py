@@ -146,7 +146,7 @@ def test_an_int_serves_where_a_float_is_due():
         (TrainConfig, {"steps": 0}, "train.steps = 0: below the least that makes sense, 1. Give a finite value of 1 or more."),
         (MeshConfig, {"fsdp": 0}, "mesh.fsdp = 0: not a number of devices. Give 1 or more, or -1 for all that remain."),
         (MeshConfig, {"tensor": -1}, "mesh.tensor = -1: mesh.data is -1 too. Let one axis take the devices that remain."),
-        (SampleConfig, {"top_p": 0.0}, "sample.top_p = 0.0: not a probability. Give a value above 0, at most 1."),
+        (SampleConfig, {"top_p": 0.0}, "top_p = 0.0: not a probability. Give a value above 0, at most 1."),
         (Config, {"name": ".."}, "name = ..: not usable as the name of a folder. Use letters, digits, '.', '_' and '-'."),
         (Config, {"name": "a/b"}, "name = a/b: not usable as the name of a folder. Use letters, digits, '.', '_' and '-'."),
     ],
@@ -241,3 +241,18 @@ def test_an_input_error_is_one_line_whatever_it_is_about():
     assert str(InputError("f", "a\nb", "bad", "mend it")) == "f = a b: bad. mend it."
     assert str(InputError("f", 3, "bad.", "mend it.")) == "f = 3: bad. mend it."  # no second full stop
     assert str(InputError("f", "", "bad", "mend it")) == "f: bad. mend it."
+
+
+def test_a_wrong_setting_inside_a_configuration_is_named_from_the_top():
+    with pytest.raises(InputError, match=r"^sample\.top_p = 2\.0: not a probability"):
+        override(Config(name="x"), {"sample.top_p": 2.0})
+    with pytest.raises(InputError, match=r"^config\.json: sample\.stop = '': expected a sequence of str|^config\.json: sample\.stop = 'ab'"):
+        from_json(to_json(Config(name="x")).replace('"stop": []', '"stop": "ab"'))
+
+
+def test_sequences_survive_json_and_the_command_line():
+    changed = override(Config(name="x"), parse_set(["sample.stop=('a', 'b')", "sample.banned=[1, 2]"]))
+    assert changed.sample.stop == ("a", "b") and changed.sample.banned == (1, 2)
+    assert from_json(to_json(changed)) == changed
+    with pytest.raises(InputError, match=r"^sample\.banned = 'x': expected int, got str"):
+        override(Config(name="x"), {"sample.banned": (1, "x")})

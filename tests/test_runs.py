@@ -237,7 +237,7 @@ def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp
     logits = model.apply({"params": params}, tokens)
     assert not np.allclose(logits, gpt2.GPT2(model.config).apply({"params": runs.load(out).params | {"blocks": with_norm_2(params)}}, tokens))
     assert cli.main(["generate", str(out), "--max-tokens", "3", "--json"]) == 0
-    said = json.loads(capfd.readouterr().out)["texts"]
+    said = json.loads(capfd.readouterr().out)["generations"]
 
     block = lab / "parallel.py"
     block.write_text(PARALLEL + "# edited\n")
@@ -250,7 +250,7 @@ def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp
     assert cli.main(["generate", str(out), "--max-tokens", "3"]) == 2
     assert "pass --trust-code to execute" in capfd.readouterr().err
     assert cli.main(["generate", str(out), "--max-tokens", "3", "--trust-code", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["texts"] == said
+    assert json.loads(capfd.readouterr().out)["generations"] == said
     assert cli.main(["export", str(out), str(tmp_path / "hf"), "--trust-code"]) == 2
     assert "has a structure of its own" in capfd.readouterr().err and not (tmp_path / "hf").exists()
 

@@ -1,10 +1,12 @@
 """Text <-> token ids: GPT-2's own vocabulary, a byte-level BPE trained here, characters or bytes. The only door to `tokenizers`."""
 
+import codecs
+import functools
 import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsInt
 
@@ -64,6 +66,19 @@ class Tokenizer:
         """The text of the ids; `<|endoftext|>` appears as written, bytes that are no UTF-8 as U+FFFD."""
         return self._core.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def pieces(self) -> "Pieces":
+        """A decoder that takes ids one by one."""
+        return Pieces(self._bytes_of)
+
+    def _bytes_of(self, i: int) -> bytes:
+        """The UTF-8 bytes of a token, which need not be whole characters."""
+        token = self._core.id_to_token(i)
+        if token is None:
+            return b""
+        if self._alphabet is not None or i == self.eot_id:
+            return token.encode("utf-8")
+        return bytes(_byte_of()[letter] for letter in token)
+
     def save(self, folder: Path) -> None:
         """Writes into `folder` what `Tokenizer.load` and transformers' `AutoTokenizer.from_pretrained` read."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +127,22 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             reason = f"position {e.start} holds half of a surrogate pair, which is no text"
             raise InputError("text", ascii(text[e.start]), reason, "Write the character itself") from e
+
+
+class Pieces:
+    """Text from ids that come one by one: a character appears when its last byte has come."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, i: SupportsInt) -> str:
+        """The characters that are whole with this id."""
+        return self._decoder.decode(self._bytes_of(int(i)))
+
+    def end(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+        return self._decoder.decode(b"", final=True)
 
 
 def make(kind: str, train_texts: Iterable[str], all_texts: Iterable[str], config: DataConfig) -> Tokenizer:
@@ -214,6 +245,12 @@ def _byte_letters() -> list[str]:
     others = [byte for byte in range(256) if byte not in printed]
     letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [letters[byte] for byte in range(256)]
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The byte that each printed letter of a vocabulary file stands for."""
+    return {letter: byte for byte, letter in enumerate(_byte_letters())}
 
 
 def _pieces(text: str) -> Iterator[str]:

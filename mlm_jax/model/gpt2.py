@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mlm_jax.config import InputError, ModelConfig
 from mlm_jax.model.attention import Visibility, attention
@@ -118,7 +118,9 @@ class Attention(nn.Module):
             return new_BKTH
         B, K, _, H = new_BKTH.shape
         past = self.variable("cache", name, jnp.zeros, (B, K, context.cache_len, H), new_BKTH.dtype)
-        past.value = jax.lax.dynamic_update_slice_in_dim(past.value, new_BKTH, context.visibility.start, axis=2)
+        start = context.visibility.start
+        assert start is not None, "a call with a cache says where it starts"
+        past.value = jax.lax.dynamic_update_slice_in_dim(past.value, new_BKTH, start, axis=2)
         return past.value
 
 
@@ -179,9 +181,10 @@ class GPT2(nn.Module):
         start: Any = None,
         padding_B: Int[Array, "B"] | None = None,
         cache_len: int = 0,
+        only_last: bool = False,
         train: bool = False,
-    ) -> Float[Array, "B T V"]:
-        """Logits, float32, of the token after each position; the last V - vocab_size, of padding, are -inf.
+    ) -> Float[Array, "B _ V"]:
+        """Logits, float32, of the token after each position, or `only_last` after the last; the last V - vocab_size, of padding, are -inf.
 
         A token sees those before it in its own segment. Positions count from 0 unless given. `train=True` turns dropout on and needs
         rngs={"dropout": key}.
@@ -231,12 +234,12 @@ class GPT2(nn.Module):
         else:
             for layer in range(c.n_layers):
                 x_BTD = self.block(c, name=f"block_{layer}")(x_BTD, context)
-        x_BTD = Norm(c, name="norm_f")(x_BTD)
+        x_BTD = Norm(c, name="norm_f")(x_BTD[:, -1:] if only_last else x_BTD)
         w_head_VD = w_token_VD if c.tied_head else self.param("w_head_VD", embedding_init(c), w_token_VD.shape)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_head_VD.astype(dtype), preferred_element_type=jnp.float32)
         return constrain(self.finish(logits_BTV), "BTV")
 
-    def finish(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+    def finish(self, logits_BTV: Float[Array, "B _ V"]) -> Float[Array, "B _ V"]:
         """The logits scaled for muP, capped and with the padding of the vocabulary out of reach, where the configuration asks for it."""
         c = self.config
         if c.mup_base_width:
