@@ -12,7 +12,10 @@ import os
 import sys
 import typing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from mlm_jax.runs import Loaded
 
 STAGES = ("prepare", "train", "evaluate", "sample", "export", "report")
 
@@ -94,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("evaluate", evaluate, "measure a model's loss on its run's validation split, or on a text")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--text", metavar="SOURCE", help="a file or folder of text (default: the validation split of the run)")
+    _int8(sub)
     _trust(sub)
 
     sub = verb("generate", generate, "continue a prompt, or several")
@@ -104,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scores", action="store_true", help="print the log-probability of each continuation, and why it ended")
     sub.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that guesses ahead (speculative decoding)")
     sub.add_argument("--drafted", type=int, default=4, metavar="N", help="how many tokens it guesses at a time (default 4)")
+    _int8(sub)
     _trust(sub)
 
     sub = verb("chat", chat, "talk with a model in the terminal")
@@ -111,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     _settings(sub, without=("num", "beams", "length_penalty", "early_stopping", "forced"))
     sub.add_argument("--user", metavar="NAME", help="what your turns begin with (default User)")
     sub.add_argument("--assistant", metavar="NAME", help="what the model's turns begin with (default Assistant)")
+    _int8(sub)
     _trust(sub)
 
     sub = verb("import", import_, "turn a Hugging Face GPT-2 into a run directory")
@@ -159,6 +165,18 @@ def _trust(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--trust-code", action="store_true", help="execute the model code that came with the run")
 
 
+def _int8(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--int8", action="store_true", help="round the weights to 8 bits")
+
+
+def _load(args: argparse.Namespace, reference: str) -> "Loaded":
+    from mlm_jax import runs
+    from mlm_jax.model.int8 import int8
+
+    loaded = runs.load(reference, trust_code=args.trust_code)
+    return loaded._replace(params=int8(loaded.params)) if args.int8 else loaded
+
+
 def _run(args: argparse.Namespace) -> Any:
     from mlm_jax import experiment, runs
     from mlm_jax.config import parse_set
@@ -193,14 +211,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax import evaluate, runs
 
-    result = runs.evaluate_reference(args.model, text=args.text, trust_code=args.trust_code)
+    result = runs.evaluate_reference(args.model, text=args.text, trust_code=args.trust_code, int8=args.int8)
     if not args.json:
         print(evaluate.describe(result))
     return result
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
-    from mlm_jax import runs
     from mlm_jax.config import InputError, SampleConfig
     from mlm_jax.decode import text
 
@@ -209,7 +226,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     config = SampleConfig(**_given(args, SampleConfig))
     if args.stream and (len(prompts) > 1 or args.json or args.draft):
         raise InputError("--stream", "", "prints one text as it is written", "Give one --prompt, and neither --json nor --draft")
-    loaded = runs.load(args.model, trust_code=args.trust_code)
+    loaded = _load(args, args.model)
     if args.stream:
         sys.stdout.write(prompts[0])
         for piece in text.stream(*loaded, prompts[0], **_given(args, SampleConfig)):
@@ -219,7 +236,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     draft = None
     if args.draft:
-        small, small_params, _ = runs.load(args.draft, trust_code=args.trust_code)
+        small, small_params, _ = _load(args, args.draft)
         draft = text.Draft(small, small_params, args.drafted)
     found = text.generations(*loaded, prompts, config, draft=draft)
     rows = [(prompt, generation) for prompt, row in zip(prompts, found, strict=True) for generation in row]
@@ -234,11 +251,10 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> dict[str, Any]:
-    from mlm_jax import runs
     from mlm_jax.decode import chat
 
     config = chat.ChatConfig(**{"max_tokens": 200, "temperature": 0.8, **_given(args, chat.ChatConfig)})
-    conversation = chat.Conversation(*runs.load(args.model, trust_code=args.trust_code), config)
+    conversation = chat.Conversation(*_load(args, args.model), config)
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         chat.chat(conversation)
     return {"turns": conversation.turns}

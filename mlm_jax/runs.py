@@ -31,6 +31,7 @@ from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.decode import text as text_generation
 from mlm_jax.experiment import Experiment
 from mlm_jax.model import gpt2
+from mlm_jax.model import int8 as quantized
 
 PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "transformers", "numpy")
 
@@ -321,13 +322,14 @@ def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> N
     huggingface.export_weights(model.config, on_host(params), folder, tokenizer=tokenizer)
 
 
-def evaluate_reference(reference: str, *, text: str | None, trust_code: bool) -> dict[str, Any]:
-    """`evaluate.measure` of any model, on the validation split of its run or on a text source.
+def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, int8: bool = False) -> dict[str, Any]:
+    """`evaluate.measure` of any model, on the validation split of its run or on a text source; `int8` rounds its weights first.
 
     Raises:
       InputError: there is no such model or text, or no validation split and no text.
     """
     model, params, tokenizer = load(reference, trust_code=trust_code)
+    params = quantized.int8(params) if int8 else params
     if text:
         documents = [d.text for d in clean(documents_of(DataConfig(source=text)), Audit())]
         if not documents:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from mlm_jax.config import InputError, ModelConfig
 from mlm_jax.model.attention import Visibility, attention
+from mlm_jax.model.int8 import einsum
 from mlm_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -83,9 +84,9 @@ class Attention(nn.Module):
         w_v_DKH, b_v_KH = self.param("w_v_DKH", init, (D, K, H)), self.bias("b_v_KH", (K, H))
         w_out_NHD, b_out_D = self.param("w_out_NHD", normal(residual_std(c)), (N, H, D)), self.bias("b_out_D", (D,))
 
-        q_BTNH = plus(jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH.astype(dtype)), b_q_NH)
-        k_BTKH = plus(jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH.astype(dtype)), b_k_KH)
-        v_BTKH = plus(jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH.astype(dtype)), b_v_KH)
+        q_BTNH = plus(einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), b_q_NH)
+        k_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH), b_k_KH)
+        v_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH), b_v_KH)
         if c.qk_norm:
             q_BTNH = (rms(q_BTNH, c.norm_eps) * self.param("scale_q_H", nn.initializers.ones, (H,))).astype(dtype)
             k_BTKH = (rms(k_BTKH, c.norm_eps) * self.param("scale_k_H", nn.initializers.ones, (H,))).astype(dtype)
@@ -103,7 +104,7 @@ class Attention(nn.Module):
             dropout=c.dropout,
             dropout_key=self.make_rng("dropout") if context.train and c.dropout else None,
         )
-        return plus(jnp.einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD.astype(dtype)), b_out_D)
+        return plus(einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD), b_out_D)
 
     def bias(self, name: str, shape: tuple[int, ...]) -> Array | None:
         return self.param(name, nn.initializers.zeros, shape) if self.config.biases else None
@@ -132,20 +133,20 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        D, F, dtype = c.d_model, c.d_ff, x_BTD.dtype
+        D, F = c.d_model, c.d_ff
         w_up_DF = self.param("w_up_DF", normal(hidden_std(c)), (D, F))
         b_up_F = self.param("b_up_F", nn.initializers.zeros, (F,)) if c.biases else None
         w_down_FD = self.param("w_down_FD", normal(residual_std(c)), (F, D))
         b_down_D = self.param("b_down_D", nn.initializers.zeros, (D,)) if c.biases else None
-        h_BTF = plus(jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF.astype(dtype)), b_up_F)
+        h_BTF = plus(einsum("BTD,DF->BTF", x_BTD, w_up_DF), b_up_F)
         if c.activation == "swiglu":
             w_gate_DF = self.param("w_gate_DF", normal(hidden_std(c)), (D, F))
-            h_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF.astype(dtype))) * h_BTF
+            h_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, w_gate_DF)) * h_BTF
         elif c.activation == "relu2":
             h_BTF = jnp.square(jax.nn.relu(h_BTF))
         else:
             h_BTF = jax.nn.gelu(h_BTF, approximate=c.activation == "gelu_tanh")
-        return plus(jnp.einsum("BTF,FD->BTD", h_BTF, w_down_FD.astype(dtype)), b_down_D)
+        return plus(einsum("BTF,FD->BTD", h_BTF, w_down_FD), b_down_D)
 
 
 class Block(nn.Module):
@@ -213,7 +214,7 @@ class GPT2(nn.Module):
 
         dtype = jnp.dtype(c.compute_dtype)
         w_token_VD = self.param("w_token_VD", embedding_init(c), (c.padded_vocab_size, c.d_model))
-        x_BTD = constrain(w_token_VD, "V.")[tokens_BT]
+        x_BTD = jax.tree.map(lambda w: constrain(w, "V."), w_token_VD)[tokens_BT]  # an Int8 is a tree
         if c.position == "learned":
             w_position_TD = self.param("w_position_TD", normal(c.init_std / 2), (c.context_len, c.d_model))
             x_BTD = x_BTD + w_position_TD[positions_BT]
@@ -236,7 +237,7 @@ class GPT2(nn.Module):
                 x_BTD = self.block(c, name=f"block_{layer}")(x_BTD, context)
         x_BTD = Norm(c, name="norm_f")(x_BTD[:, -1:] if only_last else x_BTD)
         w_head_VD = w_token_VD if c.tied_head else self.param("w_head_VD", embedding_init(c), w_token_VD.shape)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, w_head_VD.astype(dtype), preferred_element_type=jnp.float32)
+        logits_BTV = einsum("BTD,VD->BTV", x_BTD, w_head_VD, dtype=jnp.float32)
         return constrain(self.finish(logits_BTV), "BTV")
 
     def finish(self, logits_BTV: Float[Array, "B _ V"]) -> Float[Array, "B _ V"]:

@@ -1,0 +1,93 @@
+"""Weights in 8 bits for evaluation and decoding: a quarter of the memory of float32, and of what a decoded token has to read.
+
+Weights are rounded, one scale for each output channel; activations are not: each is written with two digits to the base 128, so that
+the products are those of the rounded weights to 14 bits, and run on the integer units of a TPU (v5e and later), GPU or CPU.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+LARGEST = 127
+BASE = 128  # of the digits of an activation: the higher in -127..127, the lower in -64..63
+
+# The axes that a weight's product sums over; the others are output channels. Weights with other names stay as they are.
+SUMMED = {
+    "w_token_VD": "D",
+    "w_head_VD": "D",
+    "w_q_DNH": "D",
+    "w_k_DKH": "D",
+    "w_v_DKH": "D",
+    "w_out_NHD": "NH",
+    "w_up_DF": "D",
+    "w_gate_DF": "D",
+    "w_down_FD": "F",
+}
+
+
+@struct.dataclass
+class Int8:
+    """A weight as `values * scale`; the scale has length 1 along the axes that a product sums over."""
+
+    values: Any  # int8
+    scale: Any  # float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def astype(self, dtype: Any) -> Float[Array, "..."]:
+        """The weight as an ordinary array."""
+        return (self.values * self.scale).astype(dtype)
+
+    def __getitem__(self, rows: Array) -> Float[Array, "..."]:
+        """Rows of an embedding, float32."""
+        return self.values[rows] * self.scale[rows]
+
+
+def quantize(w: Float[Array, "..."], axes: tuple[int, ...]) -> Int8:
+    """The nearest Int8 to `w`, with one scale for each channel, its largest entry over 127; a product sums over `axes`.
+
+    Source: Wu et al. 2020, Integer Quantization for Deep Learning Inference, section 3 (symmetric, per channel, max calibration).
+    """
+    w = w.astype(jnp.float32)
+    scale = jnp.abs(w).max(axes, keepdims=True) / LARGEST
+    return Int8(jnp.round(w / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale)
+
+
+def int8(params: Any) -> Any:
+    """The parameters with the weights of embedding, head, projections and MLP in 8 bits; norms, biases and positions stay float32.
+
+    For whatever takes the parameters of a GPT2: `model.apply`, `mlm_jax.generate`. They have no gradient.
+    """
+
+    def of(path: tuple, leaf: Array) -> Array | Int8:
+        name = path[-1].key
+        if name not in SUMMED:
+            return leaf
+        letters = name.rsplit("_", 1)[-1]
+        return quantize(leaf, tuple(letters.index(letter) - len(letters) for letter in SUMMED[name]))  # from the right: L may lead
+
+    return jax.jit(lambda params: jax.tree_util.tree_map_with_path(of, params))(params)
+
+
+def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any = None) -> Float[Array, "..."]:
+    """`jnp.einsum` of activations and a weight, computed in the dtype of `x` and returned in it, or in `dtype`."""
+    if not isinstance(w, Int8):
+        return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=dtype)
+    (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
+    x_summed = tuple(left.index(letter) for letter in left if letter in right)
+    w_summed = tuple(right.index(letter) for letter in right if letter in left)
+    x_dtype, x = x.dtype, x.astype(jnp.float32)
+    largest = jnp.abs(x).max(x_summed, keepdims=True)
+    unit = jnp.where(largest == 0, 1, largest) / (LARGEST * BASE)
+    whole = jnp.round(x / unit)
+    high = jnp.round(whole / BASE)
+    digits = jnp.stack([high, whole - BASE * high]).astype(jnp.int8)
+    # An int32 holds the sum of 131,072 products. Both digits are rows of one product: a single row takes XLA's slow path on a CPU.
+    sums = jnp.einsum(f"Z{left},{right}->Z{out}", digits, w.values, preferred_element_type=jnp.int32).astype(jnp.float32)
+    unit, scale = unit.squeeze(x_summed), w.scale.squeeze(w_summed)
+    return ((BASE * sums[0] + sums[1]) * jnp.expand_dims(unit, range(unit.ndim, unit.ndim + scale.ndim)) * scale).astype(dtype or x_dtype)
