@@ -1,7 +1,8 @@
 """Weights in 8 bits for evaluation and decoding: a quarter of the memory of float32, and of what a decoded token has to read.
 
-Weights are rounded, one scale for each output channel; activations are not: each is written with two digits to the base 128, so that
-the products are those of the rounded weights to 14 bits, and run on the integer units of a TPU (v5e and later), GPU or CPU.
+Weights are rounded, one scale for each output channel; activations are not. In bfloat16, which holds 8-bit integers exactly, a product
+reads the integers as they are. In float32 each activation is written with two digits to the base 128, so that products are those of the
+rounded weights to 14 bits and run on the integer units of the machine.
 """
 
 from typing import Any
@@ -81,6 +82,9 @@ def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any 
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     x_summed = tuple(left.index(letter) for letter in left if letter in right)
     w_summed = tuple(right.index(letter) for letter in right if letter in left)
+    scale = w.scale.squeeze(w_summed)
+    if x.dtype == jnp.bfloat16:
+        return (jnp.einsum(letters, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32) * scale).astype(dtype or x.dtype)
     x_dtype, x = x.dtype, x.astype(jnp.float32)
     largest = jnp.abs(x).max(x_summed, keepdims=True)
     unit = jnp.where(largest == 0, 1, largest) / (LARGEST * BASE)
@@ -89,5 +93,5 @@ def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any 
     digits = jnp.stack([high, whole - BASE * high]).astype(jnp.int8)
     # An int32 holds the sum of 131,072 products. Both digits are rows of one product: a single row takes XLA's slow path on a CPU.
     sums = jnp.einsum(f"Z{left},{right}->Z{out}", digits, w.values, preferred_element_type=jnp.int32).astype(jnp.float32)
-    unit, scale = unit.squeeze(x_summed), w.scale.squeeze(w_summed)
+    unit = unit.squeeze(x_summed)
     return ((BASE * sums[0] + sums[1]) * jnp.expand_dims(unit, range(unit.ndim, unit.ndim + scale.ndim)) * scale).astype(dtype or x_dtype)
