@@ -119,9 +119,11 @@ def parser() -> argparse.ArgumentParser:
     _int8(sub)
     _trust(sub)
 
-    sub = verb("import", import_, "turn a Hugging Face GPT-2 into a run directory")
-    sub.add_argument("model", metavar="HF_MODEL", help="a Hugging Face directory or a hub name such as openai-community/gpt2")
+    sub = verb("import", import_, "turn a GPT-2 of Hugging Face, nanoGPT or minGPT into a run directory")
+    sub.add_argument("model", metavar="MODEL", help="a Hugging Face directory, a hub name such as openai-community/gpt2, or a weight file")
     sub.add_argument("out", metavar="OUT", type=Path, help="the directory to write; it must not exist or be empty")
+    sub.add_argument("--set", action="append", default=[], metavar="model.FIELD=VALUE", help="what the weights do not say, or pad; repeatable")
+    sub.add_argument("--tokenizer", default="", metavar="DIR", help="a folder with the tokenizer, or gpt2, where there is none beside the weights")
 
     sub = verb("export", export, "write a model as a Hugging Face directory")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -262,8 +264,14 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 
 def import_(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax import runs
+    from mlm_jax.config import InputError, parse_set
 
-    runs.import_model(args.model, args.out)
+    changes = parse_set(args.set)
+    for path, value in changes.items():
+        if not path.startswith("model."):
+            raise InputError(path, value, "is no field of the model", "Set fields of the model alone, for example model.n_heads=12")
+    settings = {path.removeprefix("model."): value for path, value in changes.items()}
+    runs.import_model(args.model, args.out, settings=settings, tokenizer=args.tokenizer)
     print(f"done: {args.out}", file=sys.stderr)
     return {"run": str(args.out)}
 

@@ -92,6 +92,7 @@ def test_an_interrupt_is_status_130(tiny_run, tiny_experiment, tmp_path, monkeyp
     def interrupt(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Python leaves it out where it starts in a shell's background
     monkeypatch.setattr(text, "generations", interrupt)
     assert cli.main(["generate", str(tiny_run.folder)]) == 130
     assert capfd.readouterr().err == "\nmlm-jax: interrupted\n"
@@ -441,3 +442,19 @@ def test_the_run_directory_is_named_after_the_experiment(tiny_experiment, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(tiny_experiment), "--set", "name=other"]) == 0
     assert os.path.isfile("runs/other/config.json")
+
+
+def test_what_weights_do_not_say_is_set_by_flag(tiny_run, tmp_path, capfd):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes((tiny_run.folder / "hf" / "model.safetensors").read_bytes())
+    weights = tmp_path / "hf" / "model.safetensors"
+    assert "--set model.n_heads=12" in refused(["import", weights, tmp_path / "out"], capfd)
+    assert "is no field of the model" in refused(["import", weights, tmp_path / "out", "--set", "optim.peak_lr=1"], capfd)
+    assert not (tmp_path / "out").exists()
+    config = json.loads((tiny_run.folder / "config.json").read_text())["model"]
+    flags = ["--set", f"model.n_heads={config['n_heads']}", "--set", "model.activation=gelu_tanh", "--set", "model.vocab_multiple=128"]
+    tokenizer = ["--tokenizer", str(tiny_run.folder / "tokenizer")]
+    assert cli.main(["import", str(weights), str(tmp_path / "out"), *flags, *tokenizer]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["vocab_multiple"] == 128
+    assert cli.main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights.read_bytes()

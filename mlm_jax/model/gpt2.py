@@ -175,7 +175,7 @@ class GPT2(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens_BT: Int[Array, "B T"],
+        tokens_BT: Int[Any, "B T"],
         *,
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
@@ -196,7 +196,7 @@ class GPT2(nn.Module):
         Raises:
           InputError: more positions than the model can embed.
         """
-        c, T = self.config, tokens_BT.shape[1]
+        c, T, tokens_BT = self.config, tokens_BT.shape[1], jnp.asarray(tokens_BT)
         if c.context_len < T:
             raise InputError("tokens", f"{T} positions", f"model.context_len = {c.context_len} is the most this model can embed", "Shorten the text")
         cached = bool(cache_len or start is not None)
