@@ -170,7 +170,7 @@ def ours_against_ours(size: str, attention: str, folder: Path) -> dict[str, Any]
 def in_a_process(side: str, *arguments: str) -> dict[str, Any]:
     """What the function of that name returns: each framework alone, so that the memory is its own, and on the CPU."""
     command = [sys.executable, __file__, "--side", side, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     if done.returncode:
         raise SystemExit(f"{side} {' '.join(arguments)} ended with status {done.returncode}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
