@@ -1,4 +1,4 @@
-"""The experiment files of the family have exactly the published shapes."""
+"""The sizes of GPT-2 that were published, as experiments: each has its exact number of parameters and differs from the 124M in little else."""
 
 from pathlib import Path
 
@@ -6,18 +6,33 @@ import jax
 import pytest
 
 from mlm_jax import experiment
+from mlm_jax.config import diff
 from mlm_jax.model import gpt2
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
+# Source: the weight files of openai-community/gpt2, gpt2-medium, gpt2-large and gpt2-xl, and of distilbert/distilgpt2, head tied.
+PARAMETERS = {
+    "gpt2_124m": 124_439_808,
+    "gpt2_355m": 354_823_168,
+    "gpt2_774m": 774_030_080,
+    "gpt2_1558m": 1_557_611_200,
+    "distilgpt2": 81_912_576,
+}
 
-# Radford et al. 2019, table 2, as released (openai-community/gpt2 and its sizes), and distilbert/distilgpt2.
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("gpt2_124m", 124_439_808), ("gpt2_355m", 354_823_168), ("gpt2_774m", 774_030_080), ("gpt2_1558m", 1_557_611_200), ("distilgpt2", 81_912_576)],
-)
-def test_every_size_has_exactly_its_number_of_parameters(name: str, count: int) -> None:
-    loaded = experiment.load(str(EXPERIMENTS / f"{name}.py"))
-    assert loaded.config.data.tokenizer == "gpt2" and loaded.config.model.head_dim == 64
-    model = loaded.with_changes({"model.vocab_size": 50_257})
-    assert gpt2.n_params(jax.eval_shape(lambda: gpt2.init(model.build(model.config.model), jax.random.key(0)))) == count
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_member_of_the_family_has_its_exact_number_of_parameters(name):
+    loaded = experiment.load(str(EXPERIMENTS / f"{name}.py")).with_changes({"model.vocab_size": 50_257})
+    assert loaded.config.data.tokenizer == "gpt2"  # which has as many
+    params = jax.eval_shape(lambda: gpt2.init(loaded.build(loaded.config.model), jax.random.key(0)))
+    assert gpt2.n_params(params) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "gpt2_124m"])
+def test_a_member_of_the_family_differs_in_name_shape_and_learning_rate_alone(name):
+    small, config = (experiment.load(str(EXPERIMENTS / f"{n}.py")).config for n in ("gpt2_124m", name))
+    changed = set(diff(small, config))
+    assert changed <= {"name", "model.n_layers", "model.n_heads", "model.d_model", "model.d_ff", "optim.peak_lr"}
+    assert config.name == name
+    assert config.model.head_dim == 64 and config.model.d_ff == 4 * config.model.d_model

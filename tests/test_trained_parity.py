@@ -21,7 +21,7 @@ from mlm_jax.decode.loop import Decoding
 pytestmark = pytest.mark.parity
 
 GOLDEN = Path(__file__).parent / "golden"
-LETTERS, LENGTH = "abcd", 6
+LETTERS, LENGTH, STEPS = "abcd", 6, 120
 V, T, D, N, L = len(LETTERS) + 1, 2 * LENGTH, 48, 3, 2  # a token for each letter, and the end of text
 PROMPTS = list(itertools.product(range(len(LETTERS)), repeat=LENGTH))[::32]  # 128 of 4,096
 FILES = {  # what saved the model, and where
@@ -40,7 +40,11 @@ def new_model(kind: str) -> Any:
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     gpt = runpy.run_path(str(GOLDEN / "torch_gpt.py"))["GPT"]
     kind, _, without = kind.lower().partition(" ")
-    return gpt(kind, vocab_size=V, context_len=T, n_layers=L, n_heads=N, width=D, bias=not without)
+    model = gpt(kind, vocab_size=V, context_len=T, n_layers=L, n_heads=N, width=D, bias=not without)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 0.25  # to where training starts: they are made wide, for logits that are far from zero untrained
+    return model
 
 
 @functools.cache
@@ -48,18 +52,21 @@ def trained(kind: str) -> tuple[Any, Any]:
     """(a model of the code base `kind` that sorts LENGTH letters, its optimizer); tests only read them."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other, long where other tests use the cores
     rng, model = np.random.RandomState(0), new_model(kind).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(300):
-        letters = rng.randint(0, len(LETTERS), (128, LENGTH))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(STEPS):
+        letters = rng.randint(0, len(LETTERS), (64, LENGTH))
         tokens = torch.from_numpy(np.concatenate([letters, np.sort(letters)], axis=1))
         out = model(tokens[:, :-1])
         answers = getattr(out, "logits", out)[:, LENGTH - 1 :]
         loss = torch.nn.functional.cross_entropy(answers.flatten(0, 1), tokens[:, LENGTH:].flatten())
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / STEPS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     return model.eval(), optimizer
 
 
@@ -80,7 +87,7 @@ def save(what: str, folder: Path) -> tuple[Any, Path, dict[str, Any]]:
         torch.save(state, file)
         return model, file, {"n_heads": N, "activation": "gelu_tanh"}
     args = {"n_layer": L, "n_head": N, "n_embd": D, "block_size": T, "bias": kind == "nanoGPT", "vocab_size": V, "dropout": 0.0}
-    torch.save({"model": state, "model_args": args, "optimizer": optimizer.state_dict(), "iter_num": 300, "config": {"out_dir": "out"}}, file)
+    torch.save({"model": state, "model_args": args, "optimizer": optimizer.state_dict(), "iter_num": STEPS, "config": {"out_dir": "out"}}, file)
     return model, file, {}
 
 
@@ -123,7 +130,7 @@ def test_a_model_trained_in_pytorch_sorts_here_token_for_token_as_there_and_goes
     theirs_BTV = getattr(out, "logits", out).numpy()
     logits_BTV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_BT))
     print(f"{what}: {right} of {len(PROMPTS)} sorted; logits {np.abs(logits_BTV - theirs_BTV).max():.1e} of {np.abs(theirs_BTV).max():.1f}")
-    np.testing.assert_allclose(logits_BTV, theirs_BTV, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits_BTV, theirs_BTV, rtol=0, atol=5e-5)
 
     back = load_file(huggingface.export_weights(model.config, jax.tree.map(np.asarray, params), tmp_path / "ours") / "model.safetensors")
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight") if not what.startswith("transformers") else ()  # (out, in) there

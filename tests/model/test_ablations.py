@@ -162,21 +162,27 @@ def test_the_parameters_of_the_default_are_gpt2s_and_no_others():
     assert {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves} == expected
 
 
-WIDE = ModelConfig(vocab_size=61, context_len=12, n_layers=2, n_heads=2, d_model=128, d_ff=16)  # heads of 64: where muP's 8 / H is 1 / sqrt(H)
 IDENTITIES = {
     "every switch spelled out": OFF,
-    "as many key heads as heads": {"n_kv_heads": 2},
+    "as many key heads as heads": {"n_kv_heads": 4},
     "a vocabulary that is a multiple already": {"vocab_multiple": 61},
-    "muP at its base width": {"mup_base_width": 128},
     "the base of a rotation that is off": {"rotary_base": 100.0},
 }
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_a_switch_that_is_off_or_without_effect_is_gpt2_bit_for_bit(name):
-    plain, model = gpt2.GPT2(WIDE), gpt2.GPT2(override(WIDE, IDENTITIES[name]))
+    plain, model = gpt2.GPT2(BASE), gpt2.GPT2(override(BASE, IDENTITIES[name]))
     assert_bit_for_bit(initial(model), initial(plain))
     assert_bit_for_bit(loss_and_gradients(model.clone(stacked=False)), loss_and_gradients(plain.clone(stacked=False)))
+
+
+def test_mup_at_its_base_width_is_gpt2_bit_for_bit():
+    # With heads of 64, where its 8 / H is 1 / sqrt(H).
+    plain = gpt2.GPT2(override(BASE, {"d_model": 128, "n_heads": 2}))
+    model = gpt2.GPT2(override(plain.config, {"mup_base_width": 128}))
+    assert_bit_for_bit(initial(model), initial(plain))
+    assert_bit_for_bit(loss_and_gradients(model), loss_and_gradients(plain))
 
 
 def test_grouped_heads_are_heads_whose_keys_and_values_are_copies():
@@ -367,8 +373,9 @@ def test_bfloat16_gives_finite_float32_logits_near_those_of_float32(name):
 # Half of the context and one device of the eight, which share the cores of this machine: a quarter of the time.
 FIFTY = {"train.steps": 50, "optim.warmup_steps": 10, "model.context_len": 64, "sample.max_tokens": 8}
 FIFTY |= {"train.eval_every": 0, "train.eval_windows": 8, "train.save_every": 0}
-TRAINED = CONFIGS | {"mup": {"mup_base_width": 64}, "padded_vocab": {"vocab_multiple": 100}}  # 2,048 tokens and a width of 256
-FALL = 1.2  # nats per token, from the first loss to the mean of the last five
+TRAINED = CONFIGS | {"padded_vocab": {"vocab_multiple": 100}}  # of 2,048 tokens
+TRAINED |= {name: CONFIGS[name] | {"mup_base_width": 64} for name in ("mup", "contrary")}  # of a width of 256
+FALL = 1.0  # nats per token, from the first loss to the mean of the last five
 
 
 @pytest.fixture(scope="module")

@@ -116,14 +116,14 @@ def test_output_and_gradients_equal_the_references_at_every_size(implementation,
     assert_equals_reference(implementation, causal=causal, segmented=segmented, K=K, T=T, H=H)
 
 
-@pytest.mark.parametrize("implementation", FAST)
-def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(implementation):
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_bfloat16_stays_within_two_units_of_its_precision_of_float32(implementation):
+    # Some versions of XLA add up products of bfloat16 in bfloat16 on a CPU: most of the room is theirs, 1.5 units at T = 256.
     arrays, visibility = case(dtype="bfloat16", segmented=True)
     exact = outputs_and_gradients("reference", [x.astype(jnp.float32) for x in arrays], visibility)
-    ours, reference = outputs_and_gradients(implementation, arrays, visibility), references(dtype="bfloat16", segmented=True)
-    for mine, its, true in zip(ours, reference, exact, strict=True):
-        assert mine.dtype == jnp.bfloat16
-        assert jnp.square(mine - true).mean() < 2 * jnp.square(its - true).mean()
+    for ours, true in zip(outputs_and_gradients(implementation, arrays, visibility), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert jnp.square(ours - true).mean() < (2 * jnp.finfo(jnp.bfloat16).eps) ** 2 * jnp.square(true).mean()
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
