@@ -11,7 +11,7 @@ from mlm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCon
 
 CONFIG = Config(
     name="gpt2_124m",
-    model=ModelConfig(n_layers=12, n_heads=12, d_model=768, d_ff=3072, context_len=1024, compute_dtype="bfloat16"),
+    model=ModelConfig(n_layers=12, n_heads=12, d_model=768, d_ff=3072, context_len=1024, vocab_multiple=128, compute_dtype="bfloat16"),
     data=DataConfig(source="data/web10b", tokenizer="gpt2", val_fraction=0.001, tokens="data/web10b-gpt2"),
     optim=OptimConfig(peak_lr=6e-4, end_lr=0.0, warmup_steps=700, weight_decay=0.1, b1=0.9, b2=0.95, clip_norm=1.0),
     train=TrainConfig(steps=19_073, batch_size=512, eval_every=250, eval_windows=512, save_every=1_000),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlm_jax.decode.text import Draft as Draft
     from mlm_jax.decode.text import generate as generate
+    from mlm_jax.decode.text import generations as generations
     from mlm_jax.decode.text import stream as stream
     from mlm_jax.model.int8 import int8 as int8
     from mlm_jax.runs import load as load
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "mlm_jax.runs",
     "generate": "mlm_jax.decode.text",
+    "generations": "mlm_jax.decode.text",
     "stream": "mlm_jax.decode.text",
     "Draft": "mlm_jax.decode.text",
     "int8": "mlm_jax.model.int8",
 }
-__all__ = ["Draft", "generate", "int8", "load", "stream"]
+__all__ = ["Draft", "generate", "generations", "int8", "load", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,11 @@ files.json beside them lists the size and CRC-32 of every file, so that damage i
 """
 
 import json
+import logging
+import os
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from mlm_jax.config import InputError
 
 FILES = "files.json"
+CHUNK_BYTES = 16 << 20  # dozens of pieces may be on their way to the disk at once
 _CRC_BYTES = 16 << 30  # larger checkpoints are checked by the sizes of their files alone: reading them twice would take minutes
 
 
@@ -29,7 +34,7 @@ class Checkpoints:
         """Makes the folder; the newest `keep` checkpoints stay in it."""
         self.folder = folder
         newest: Any = ocp.training.preservation_policies.LatestN(keep)  # Any: its own protocol's types disagree with it
-        self._orbax = ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True)
+        self._orbax = ocp.training.Checkpointer(str(folder.absolute()), context=_layout(), preservation_policy=newest, cleanup_tmp_directories=True)
         self._writing: tuple[Path, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -42,7 +47,10 @@ class Checkpoints:
             self._orbax.close()
 
     def save(self, step: int, params: Any, progress: Any) -> None:
-        """Starts writing checkpoint `step`, when the one before is whole; the arrays are copied before it returns, so that they may be donated."""
+        """Starts writing checkpoint `step`, when the one before is whole; JAX arrays are copied before it returns, so that they may be donated.
+
+        NumPy arrays are not, and must stay as they are until this is written.
+        """
         self._finish()
         self._writing = self.folder / str(step), self._orbax.save_checkpointables_async(step, {"params": params, "progress": progress}, force=True)
 
@@ -59,8 +67,29 @@ class Checkpoints:
                 _seal(folder)
 
 
+def _layout() -> ocp.Context:
+    """How arrays lie on disk: zarr, uncompressed, in pieces that are written as they come.
+
+    Orbax's own choice gathers the arrays of a process in one store, whose files it holds in memory until the last: a save of GPT-2 1558M
+    took 1.9 times its weights, and this takes 1.05 times. Compression saved an eighth of the bytes of float32 weights in three times the time.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt, saving.use_compression, saving.storage_options.chunk_byte_size = False, False, CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False of Orbax's warning that nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
+    return not str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
+
+
 def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
     """(params, progress) of the checkpoint in `folder`, with the shapes, types and shardings of the given ShapeDtypeStructs; it changes no file.
+
+    Where NumPy arrays are given, of any content, NumPy arrays come back.
 
     Without `progress` only the parameters are read, and None stands for the rest.
 
@@ -92,8 +121,10 @@ def steps_in(folder: Path) -> list[int]:
 def _seal(folder: Path) -> None:
     """Writes down what the files of a finished checkpoint are."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    small = sum(path.stat().st_size for path in files) <= _CRC_BYTES
-    values = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} | ({"crc32": _crc32(path)} if small else {}) for path in files}
+    values = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files}
+    if sum(value["bytes"] for value in values.values()) <= _CRC_BYTES:
+        for value, crc in zip(values.values(), _crc32s(files), strict=True):
+            value["crc32"] = crc
     partial = folder / f".{FILES}.partial"
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / FILES)
@@ -111,12 +142,19 @@ def _check_whole(folder: Path) -> None:
                 raise _damaged(folder, f"{name} is missing")
             if path.stat().st_size != then["bytes"]:
                 raise _damaged(folder, f"{name} has {path.stat().st_size} bytes, {then['bytes']} were written")
-            if "crc32" in then and _crc32(path) != then["crc32"]:
+        summed = {name: then["crc32"] for name, then in values.items() if "crc32" in then}
+        for (name, then), crc in zip(summed.items(), _crc32s([folder / name for name in summed]), strict=True):
+            if crc != then:
                 raise _damaged(folder, f"{name} has other bytes than were written")
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise _damaged(folder, f"{FILES}: {e}") from e
+
+
+def _crc32s(paths: Sequence[Path]) -> list[int]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_crc32, paths))
 
 
 def _crc32(path: Path) -> int:

@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status; `--help` and wrong arguments leave by SystemExit, as argparse does."""
     args = parser().parse_args(argv)
-    keep_freed_memory()
+    if args.verb not in (import_, export):  # these touch each of many large arrays once
+        keep_freed_memory()
     from mlm_jax.config import InputError
 
     try:
@@ -72,6 +73,8 @@ def keep_freed_memory() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
+    from mlm_jax.config import ChatConfig, SampleConfig
+
     top = Parser(prog="mlm-jax", description="Train GPT-2 in JAX: raw text to a trained, evaluated, talking, exported model.")
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout; everything else goes to stderr")
@@ -103,19 +106,17 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("generate", generate, "continue a prompt, or several")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; repeatable (default: the start of a document)")
-    _settings(sub, without=("prompt",))
+    _settings(sub, SampleConfig, without=("prompt",))
     sub.add_argument("--stream", action="store_true", help="print the text as it is written")
     sub.add_argument("--scores", action="store_true", help="print the log-probability of each continuation, and why it ended")
     sub.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that guesses ahead (speculative decoding)")
-    sub.add_argument("--drafted", type=int, default=4, metavar="N", help="how many tokens it guesses at a time (default 4)")
+    sub.add_argument("--drafted", type=int, metavar="N", help="how many tokens it guesses at a time (default 4)")
     _int8(sub)
     _trust(sub)
 
     sub = verb("chat", chat, "talk with a model in the terminal")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    _settings(sub, without=("num", "beams", "length_penalty", "early_stopping", "forced"))
-    sub.add_argument("--user", metavar="NAME", help="what your turns begin with (default User)")
-    sub.add_argument("--assistant", metavar="NAME", help="what the model's turns begin with (default Assistant)")
+    _settings(sub, ChatConfig, without=("num", "beams", "length_penalty", "early_stopping", "forced"))
     _int8(sub)
     _trust(sub)
 
@@ -138,11 +139,9 @@ def parser() -> argparse.ArgumentParser:
 MODEL_HELP = "a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
 
 
-def _settings(sub: argparse.ArgumentParser, without: tuple[str, ...]) -> None:
-    """A flag for each field of SampleConfig."""
-    from mlm_jax.config import SampleConfig
-
-    for field in dataclasses.fields(SampleConfig):
+def _settings(sub: argparse.ArgumentParser, config: type, without: tuple[str, ...]) -> None:
+    """A flag for each field of `config`."""
+    for field in dataclasses.fields(config):
         if field.name in without:
             continue
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
@@ -192,7 +191,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     made.check_devices()
     for stage in STAGES:
         getattr(made, stage)()
-    print(f"done: {made.folder} (report.html, samples.txt, hf/)", file=sys.stderr)
+    exported = ", hf/" if (made.folder / "hf").is_dir() else ""
+    print(f"done: {made.folder} (report.html, samples.txt{exported})", file=sys.stderr)
     return {"run": str(made.folder), **made.evaluate()}
 
 
@@ -228,6 +228,10 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     config = SampleConfig(**_given(args, SampleConfig))
     if args.stream and (len(prompts) > 1 or args.json or args.draft):
         raise InputError("--stream", "", "prints one text as it is written", "Give one --prompt, and neither --json nor --draft")
+    if args.stream and args.scores:
+        raise InputError("--scores", "", "of no use with --stream, which prints the text alone", "Leave one of them out")
+    if args.drafted is not None and not args.draft:
+        raise InputError("--drafted", args.drafted, "there is no model to guess", "Name one with --draft, or leave it out")
     loaded = _load(args, args.model)
     if args.stream:
         sys.stdout.write(prompts[0])
@@ -239,24 +243,27 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     draft = None
     if args.draft:
         small, small_params, _ = _load(args, args.draft)
-        draft = text.Draft(small, small_params, args.drafted)
+        draft = text.Draft(small, small_params)
+        draft = draft if args.drafted is None else draft._replace(drafted=args.drafted)
     found = text.generations(*loaded, prompts, config, draft=draft)
     rows = [(prompt, generation) for prompt, row in zip(prompts, found, strict=True) for generation in row]
     if not args.json:
         for i, (prompt, generation) in enumerate(rows, 1):
-            scores = f"  {generation.ended_by}" + ("" if generation.score is None else f"  {generation.score:.4f} nats")
+            scores = f"  {generation.ended_by}  {generation.logprob:.4f} nats"
+            scores += "" if generation.score is None else f"  score {generation.score:.4f}"
             heading = f"--- {i}{scores if args.scores else ''}\n" if len(rows) > 1 or args.scores else ""
             print(heading + prompt + generation.text)
-    keys = ("text", "score", "ended_by")
-    listed = [{"prompt": p, **{key: getattr(g, key) for key in keys}, "tokens": [int(i) for i in g.tokens]} for p, g in rows]
-    return {"generations": listed}
+    return {"generations": [{"prompt": p, **g._asdict(), "tokens": g.tokens.tolist(), "logprobs": g.logprobs.tolist()} for p, g in rows]}
 
 
 def chat(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax.config import ChatConfig
     from mlm_jax.decode import chat
 
-    config = chat.ChatConfig(**{"max_tokens": 200, "temperature": 0.8, **_given(args, chat.ChatConfig)})
-    conversation = chat.Conversation(*_load(args, args.model), config)
+    settings = _given(args, ChatConfig)
+    ChatConfig(**settings)  # what is wrong is said before the model is loaded
+    model, params, tokenizer = _load(args, args.model)
+    conversation = chat.Conversation(model, params, tokenizer, ChatConfig.fitting(model.config.context_len, **settings))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         chat.chat(conversation)
     return {"turns": conversation.turns}

@@ -19,6 +19,7 @@ POSITIONS = ("learned", "rotary", "none")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu2", "swiglu")
 ATTENTIONS = ("auto", "reference", "xla", "cudnn", "splash", "flash")
+SEEDS = 2**32  # as many as jax.random.key tells apart without 64-bit types: beyond it drops the higher bits
 
 
 class InputError(ValueError):
@@ -27,7 +28,8 @@ class InputError(ValueError):
     def __init__(self, field: str, value: object, reason: str, remedy: str) -> None:
         self.field, self.value, self.reason, self.remedy = field, value, reason, remedy
         shown = value if isinstance(value, str) else repr(value)
-        message = f"{field}{f' = {shown}' if shown else ''}: {reason.rstrip('.')}. {remedy.rstrip('.')}."
+        reason = reason if reason.endswith("?") else reason.rstrip(".") + "."
+        message = f"{field}{f' = {shown}' if shown else ''}: {reason} {remedy.rstrip('.')}."
         super().__init__(" ".join(message.splitlines()))
 
 
@@ -219,6 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self, "train.")
         _at_least(self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, seed=0)
+        _check(self.seed < SEEDS, "train.seed", self.seed, "more than a random key holds", f"Give a seed below {SEEDS}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +273,8 @@ class Sampling:
         for name in ("banned", "forced"):
             wrong = [i for i in getattr(self, name) if i < 0]
             _check(not wrong, name, wrong, "not token ids", "Give ids of 0 or more")
+        both = sorted(set(self.banned) & set(self.forced))
+        _check(not both, "forced", both, "banned too", "Take them out of banned or of forced")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +288,7 @@ class SampleConfig(Sampling):
     beams: int = _help(1, "above 1: beam search, which draws nothing; its best NUM are returned")
     length_penalty: float = _help(1.0, "for beams: log-probability is divided by length to this power")
     early_stopping: bool = _help(False, "for beams: stop when as many are finished as there are beams")
-    overflow: str = _help("refuse", "beyond the context length: refuse, or window (go on from its last half)")
+    overflow: str = _help("refuse", "beyond the context length: refuse, or window (go on from its last half: what penalties see of a long prompt)")
     seed: int = _help(0, "of the random draws")
 
     def __post_init__(self) -> None:
@@ -291,19 +296,51 @@ class SampleConfig(Sampling):
         for name, least in {"num": 1, "max_tokens": 1, "beams": 1, "seed": 0}.items():
             value = getattr(self, name)
             _check(value >= least, name, value, f"below {least}", f"Give {least} or more")
+        _check(self.seed < SEEDS, "seed", self.seed, "more than a random key holds", f"Give a seed below {SEEDS}")
         _check(-math.inf < self.length_penalty < math.inf, "length_penalty", self.length_penalty, "not a power", "Give a finite number")
         one_of("overflow", self.overflow, ("refuse", "window"))
         _check("" not in self.stop, "stop", "''", "empty, it would end everything", "Give a text")
         if self.beams > 1:
             _check(self.num <= self.beams, "num", self.num, f"more than beams = {self.beams}", "Search with more beams")
             _check(self.overflow == "refuse", "overflow", self.overflow, "beam search does not slide", "Leave it at refuse")
-        elif self.temperature == 0:
-            _check(self.num == 1, "num", self.num, "greedy continuations of a prompt are all the same", "Set a temperature or beams")
+            _check(not self.stop, "stop", self.stop, "beam search compares whole continuations and ends none at a text", "Set beams to 1")
+            self._unused("beam search draws nothing", "temperature", "top_k", "top_p", "min_p")
+        else:
+            self._unused("only beam search has a use for it", "length_penalty", "early_stopping")
+            if self.temperature == 0:
+                _check(self.num == 1, "num", self.num, "greedy continuations of a prompt are all the same", "Set a temperature, or beams instead")
+
+    def _unused(self, reason: str, *names: str) -> None:
+        """Raises InputError where a field that would not be looked at is set."""
+        for name in names:
+            default = getattr(SampleConfig, name)
+            _check(getattr(self, name) == default, name, getattr(self, name), reason, f"Leave it at {default}")
 
     @property
     def sampling(self) -> Sampling:
         """The part that the decoder is compiled for."""
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(SampleConfig):
+    """How a conversation is written and answered: the flags of `mlm-jax chat`."""
+
+    prompt: str = _help("", "the text before the first turn")
+    temperature: float = _help(0.8, "0 is greedy")
+    max_tokens: int = _help(200, "length of an answer at most, in tokens; where it is not given, half the context at most")
+    user: str = _help("User", "what your turns begin with")
+    assistant: str = _help("Assistant", "what the model's turns begin with")
+
+    def __post_init__(self) -> None:
+        for name in ("num", "beams"):
+            _check(getattr(self, name) == 1, name, getattr(self, name), "a turn has one answer, written as it is found", "Leave it at 1")
+        super().__post_init__()
+
+    @classmethod
+    def fitting(cls, context_len: int, **settings: Any) -> "ChatConfig":
+        """The settings for a model of this context; an answer is half of it at most where `max_tokens` is not given."""
+        return cls(**{"max_tokens": min(cls.max_tokens, max(context_len // 2, 1)), **settings})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def tensor_shapes(config: ModelConfig, *, linear: bool = False) -> dict[str, tup
     return shapes
 
 
+def _row(path: str) -> str:
+    """The row of TABLE that one of our parameters is in."""
+    return next(row for row, paths in TABLE.items() if path in paths)
+
+
 def _offences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Every name that is missing, extra or misshapen, in words; empty where all fit."""
     lines = [f"{name} is missing, expected {shape}" for name, shape in expected.items() if name not in found]
@@ -176,21 +182,28 @@ class Source:
         head, biases = "tied" if c.tied_head else "separate", "biases" if c.biases else "no biases"
         return f"{c.n_layers} layers, {c.n_heads} heads, {c.activation}, {biases}, {head} head; projections are {layout}"
 
-    def params(self, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
-        """Our parameters, float32, stacked over layers: NumPy arrays, or laid out over `mesh`, each process reading just its parts.
+    def params(self, place: jax.sharding.Mesh | jax.Device | None = None) -> dict[str, Any]:
+        """Our parameters, float32, stacked over layers: NumPy arrays, or on a mesh, each process reading just its parts, or on a device.
 
         Raises:
           InputError: a number is NaN or infinite, or the mesh does not divide a parameter.
         """
-        shapes: dict[str, Any] = {}
-        for path, shape in param_shapes(self.config).items():
-            _put(shapes, path, jax.ShapeDtypeStruct(shape, np.float32))
-        layouts = _flatten(sharding.shardings(mesh, shapes)) if mesh else {}
-        params: dict[str, Any] = {}
-        for path, shape in param_shapes(self.config).items():
-            array = self._laid_out(path, shape, layouts[path]) if mesh else self._part(path, (slice(None),) * len(shape))
-            _put(params, path, array)
-        return params
+        shapes = param_shapes(self.config)
+        layouts: dict[str, jax.sharding.Sharding] = {}
+        if isinstance(place, jax.sharding.Mesh):
+            layouts = _flatten(sharding.shardings(place, _tree({path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in shapes})))
+        elif place is not None:
+            layouts = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(place))
+
+        def read(path: str) -> Any:
+            return self._laid_out(path, shapes[path], layouts[path]) if layouts else self._part(path, tuple(map(slice, shapes[path])))
+
+        with ThreadPoolExecutor(max_workers=1 if layouts else os.cpu_count()) as pool:  # on a device it is one array more that is in memory
+            return _tree(dict(zip(shapes, pool.map(read, shapes), strict=True)))
+
+    def unread(self) -> dict[str, Any]:
+        """Our parameters, not read yet, for `export_weights`, which holds a few tensors of them at a time."""
+        return _tree({path: Unread(self, path, shape) for path, shape in param_shapes(self.config).items()})
 
     def _laid_out(self, path: str, shape: tuple[int, ...], layout: jax.sharding.Sharding) -> jax.Array:
         parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one reading
@@ -205,29 +218,54 @@ class Source:
 
     def _part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """The elements `index` of one of our parameters, float32; rows that pad the vocabulary are 0."""
-        row = next(row for row, paths in TABLE.items() if path in paths)
-        shape = _shape(self.config, path)
-        before = TABLE[row][: TABLE[row].index(path)]
-        first, width = (sum(_merged_shape(self.config, p)[-1] for p in paths) for paths in (before, (path,)))
         ranges = [range(*axis.indices(size)) for axis, size in zip(index, param_shapes(self.config)[path], strict=True)]
         out = np.zeros([len(r) for r in ranges], np.float32)
-        layers = ranges[0] if _layers(self.config, row) else [None]
-        for i, layer in enumerate(layers):
-            name = row.format(layer=layer)
-
-            def take(whole: np.ndarray, name: str = name) -> np.ndarray:
-                whole = whole.T if self.linear and PROJECTION.fullmatch(name) else whole
-                return whole[..., first : first + width].reshape(shape)[index[-len(shape) :]]  # splits an axis into heads: a view
-
-            weights.copy(out if layer is None else out[i], self.tensors[name], take)
+        stacked = bool(_layers(self.config, _row(path)))
+        for i, layer in enumerate(ranges[0] if stacked else [None]):
+            tensor, take = self._place(path, layer)
+            weights.copy(out[i] if stacked else out, tensor, lambda whole, take=take: take(whole)[index[stacked:]])
         return out
 
+    def _place(self, path: str, layer: int | None) -> tuple[weights.Tensor, Callable[[np.ndarray], np.ndarray]]:
+        """(the tensor that holds one of our parameters, or a layer of it; what selects it, as a view, from the whole tensor)."""
+        row, shape = _row(path), _shape(self.config, path)
+        before = TABLE[row][: TABLE[row].index(path)]
+        first, width = (sum(_merged_shape(self.config, p)[-1] for p in paths) for paths in (before, (path,)))
+        name = row.format(layer=layer)
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *groups, leaf = path.split("/")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-    tree[leaf] = value
+        def take(whole: np.ndarray) -> np.ndarray:
+            whole = whole.T if self.linear and PROJECTION.fullmatch(name) else whole
+            return whole[..., first : first + width].reshape(shape)  # splits an axis into heads
+
+        return self.tensors[name], take
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A parameter of ours in a Source, to be read layer by layer."""
+
+    source: Source
+    path: str
+    shape: tuple[int, ...]
+
+    def read(self, layer: int | None) -> np.ndarray:
+        """One layer of it, or all of one outside the blocks, float32, without the padding of the vocabulary.
+
+        Raises:
+          InputError: a number is NaN or infinite.
+        """
+        return weights.view(*self.source._place(self.path, layer))
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *groups, leaf = path.split("/")
+        at = tree
+        for group in groups:
+            at = at.setdefault(group, {})
+        at[leaf] = value
+    return tree
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,11 +295,11 @@ def open_weights(path: str | Path, *, settings: Mapping[str, Any] | None = None)
     computes the GELU with erf; checkpoints of before June 2023 want {"activation": "gelu_tanh"}.
 
     `settings` are fields of ModelConfig that say what the file does not ({"n_heads": 3, "activation": "gelu_tanh"}: a bare state dict
-    tells neither) or that change what it says ({"vocab_multiple": 128} pads the embedding with rows of zeros).
+    tells neither), or that leave the model the same ({"vocab_multiple": 128} pads the embedding with rows of zeros).
 
     Raises:
-      InputError: a file is missing, damaged or holds code, the model is not a GPT-2 that we compute, a setting is missing, or a tensor is
-        missing, extra or misshapen, or no exact float32.
+      InputError: a file is missing, damaged or holds code, the model is not a GPT-2 that we compute, a setting is missing or makes another
+        model of these weights, or a tensor is missing, extra or misshapen, or no exact float32.
     """
     path, settings = Path(path), dict(settings or {})
     folder = path if path.is_dir() else path.parent
@@ -280,7 +318,7 @@ def open_weights(path: str | Path, *, settings: Mapping[str, Any] | None = None)
     fields = seen | described | settings
     unsaid = [f"model.{field}" for field in ("n_heads", "activation") if field not in fields]
     if unsaid:
-        remedy = "Say it: --set model.n_heads=12, and --set model.activation=gelu_erf for nanoGPT, gelu_tanh for minGPT and Hugging Face"
+        remedy = "Say it: mlm-jax import FILE OUT --set model.n_heads=12 --set model.activation=gelu_erf for nanoGPT, gelu_tanh for others"
         raise InputError(str(path), "", f"the weights alone do not tell {' and '.join(unsaid)}", remedy)
     if "tied_head" not in fields:
         fields["tied_head"] = HEAD not in tensors or _equal(tensors, HEAD, "wte.weight")
@@ -290,6 +328,7 @@ def open_weights(path: str | Path, *, settings: Mapping[str, Any] | None = None)
         if e.field.removeprefix("model.") in settings:
             raise InputError(f"model.{e.field.removeprefix('model.')}", e.value, e.reason, e.remedy) from e
         raise InputError(str(path / "config.json" if path.is_dir() else path), "", str(e), RESTORE) from e
+    _check_settings(path, config, settings, described, assumed=("activation",) if args is not None else ())
     _check_tensors(path, config, tensors, linear)
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         n_tokens = Tokenizer.load(folder).vocab_size
@@ -297,6 +336,16 @@ def open_weights(path: str | Path, *, settings: Mapping[str, Any] | None = None)
             reason = f"the tokenizer beside it has {n_tokens} tokens, more than the model embeds"
             raise InputError(f"{path}: vocab_size", config.vocab_size, reason, "Use the tokenizer that the model was trained with")
     return Source(config, tensors, linear)
+
+
+def _check_settings(path: Path, config: ModelConfig, settings: Mapping[str, Any], described: Mapping[str, Any], assumed: tuple[str, ...]) -> None:
+    """Raises InputError where a setting would compute something else from these weights than what was trained."""
+    for field, value in inexpressible(config).items():
+        raise InputError(f"model.{field}", value, "no model of Hugging Face, nanoGPT or minGPT is computed so", "Leave this setting out")
+    for field in ("n_heads", "activation", "norm_eps"):  # what no shape of a tensor tells
+        if field in settings and field in described and field not in assumed and getattr(config, field) != described[field]:
+            reason = f"the file beside the weights says {described[field]}"
+            raise InputError(f"model.{field}", settings[field], reason, f"Leave this setting out, or correct what {path} says")
 
 
 def _seen(path: Path, tensors: Mapping[str, weights.Tensor], linear: bool) -> dict[str, Any]:
@@ -354,7 +403,7 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, weight
         raise InputError(str(path), "", f"no exact float32: {'; '.join(inexact)}", "Give weights in float32, float16 or bfloat16")
     if config.tied_head and HEAD in tensors and not _equal(tensors, HEAD, "wte.weight"):
         reason = f"{HEAD} differs from wte.weight, though the head is said to be tied to the token embedding"
-        raise InputError(str(path), "", reason, "Set tie_word_embeddings to false in config.json, or --set model.tied_head=False")
+        raise InputError(str(path), "", reason, "Set tie_word_embeddings to false in config.json, or import with --set model.tied_head=False")
 
 
 def _is_hugging_faces(config: Path) -> bool:
@@ -390,7 +439,7 @@ def _read_config(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     dropouts = {key: number(key, 0.1, float) for key in DROPOUTS}
     named = ", ".join(f"{key} = {rate}" for key, rate in dropouts.items())
     reason = "three dropouts, where this model has one for all"
-    remedy = "Make the three equal in config.json, or --set model.dropout=0.1; only training uses them"
+    remedy = "Make the three equal in config.json, or import with --set model.dropout=0.1; only training uses them"
     check(len(set(dropouts.values())) == 1 or "dropout" in settings, "dropout", named, reason, remedy)
     sizes: dict[str, Any] = {ours: number(key, None, int) for key, ours in SIZES.items()}
     return sizes | {
@@ -507,8 +556,15 @@ def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> tuple[dict[str
         parts = []
         for path in TABLE[row]:
             shape = _merged_shape(config, path)
-            whole = np.asarray(ours[path], np.float32) if path in ours else np.zeros(shape, np.float32)
-            part = whole[layer] if path in ours and _layers(config, row) else whole
+            if path in ours:
+                whole, layer = ours[path], layer if _layers(config, row) else None
+                part = (
+                    whole.read(layer)
+                    if isinstance(whole, Unread)
+                    else np.asarray(whole)[... if layer is None else layer].astype(np.float32, copy=False)
+                )
+            else:
+                part = np.zeros(shape, np.float32)
             parts.append(part[: config.vocab_size].reshape(shape) if "V" in sharding.axes_of(path) else part.reshape(shape))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
@@ -565,7 +621,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise InputError("out", str(folder), "a file", "Name a folder that does not exist yet")
     inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if inside and not overwrite:
-        raise InputError("out", str(folder), "not empty", "Name another folder, or ask for it to be overwritten")
+        raise InputError("out", str(folder), "not empty", "Name another folder")
     foreign = [name for name in inside if not any(fnmatch.fnmatch(name, pattern) for pattern in EXPORTED)]
     if foreign:
         raise InputError("out", str(folder), f"holds what no export wrote: {', '.join(foreign)}", "Name another folder, or move these away")

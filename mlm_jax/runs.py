@@ -181,8 +181,8 @@ class Run:
     def export(self) -> Path | None:
         """The trained model as a Hugging Face directory, hf/; None where its structure is not GPT-2's."""
         folder = self.folder / "hf"
-        if self.experiment.structural:
-            self.say("export: skipped, Hugging Face GPT-2 cannot express a model of another structure (MODEL in the experiment file)")
+        if unlike := _unlike_gpt2(self.experiment.build(self.config.model)):
+            self.say(f"export: skipped, Hugging Face's GPT-2 cannot express {unlike}")
             return None
         if not self._is_done(folder):
             params = on_host(self.trained.params)
@@ -231,40 +231,52 @@ def load(
     build: Callable[[ModelConfig], gpt2.Model] | None = None,
     settings: Mapping[str, Any] | None = None,
     tokenizer: str | Path = "",
-    say: Callable[[str], None] = lambda line: None,
 ) -> Loaded:
     """The model in a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory, a weight file, or a hub name.
 
     The parameters come to the mesh, without one to the first device. `build` makes the model where the caller has the run's code.
     For weights of others, `settings` say what they do not tell (`huggingface.open_weights`), `tokenizer` is a folder with theirs, or
-    gpt2, where there is none beside them, and `say` is told what was found.
+    gpt2, where there is none beside them.
 
     Raises:
       InputError: nothing is there, it is damaged, it needs code that is not trusted, or a setting or a tokenizer that it lacks.
     """
-    folder, step = _run_and_step(Path(reference))
-    if not (folder / "run.json").is_file():
-        return _load_of_others(str(reference), mesh, settings, tokenizer, say)
+    if not _is_run(reference):
+        source, tokens = _open_others(str(reference), settings, tokenizer)
+        return Loaded(gpt2.GPT2(source.config), source.params(mesh or jax.local_devices()[0]), tokens)
     if settings or tokenizer:
         raise InputError("MODEL", str(reference), "a run, which has a configuration and a tokenizer of its own", "Leave out settings and tokenizer")
-    config = read_config(folder).model
+    model = _rebuild(reference, trust_code) if build is None else build(read_config(_run_and_step(reference)[0]).model)
+    return _restore(reference, model, mesh or jax.local_devices()[0])
+
+
+def _rebuild(reference: str | Path, trust_code: bool) -> gpt2.Model:
+    """The model of a run."""
+    folder, _ = _run_and_step(reference)
     recorded = read_json(folder / "run.json").get("experiment")
-    model = build(config) if build else experiment.rebuild(recorded, config, folder, trust_code=trust_code)
+    return experiment.rebuild(recorded, read_config(folder).model, folder, trust_code=trust_code)
+
+
+def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh | jax.Device | None) -> Loaded:
+    """A run's model with the parameters of its checkpoint: on a mesh or a device, or as NumPy arrays."""
+    folder, step = _run_and_step(reference)
     steps = checkpoint.steps_in(folder / "checkpoints")
     if not steps or (step is not None and step not in steps):
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise InputError("MODEL", str(reference), f"no such checkpoint, {there}", "Train the run, or name a step that it has")
     shapes = jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0)))
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = sharding.shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one, shapes)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    if place is None:
+        abstract = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    else:
+        one = None if isinstance(place, jax.sharding.Mesh) else jax.sharding.SingleDeviceSharding(place)
+        shardings = jax.tree.map(lambda _: one, shapes) if one else sharding.shardings(place, shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     params, _ = checkpoint.restore(folder / "checkpoints" / str(steps[-1] if step is None else step), abstract)
     return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))
 
 
-def _load_of_others(
-    reference: str, mesh: jax.sharding.Mesh | None, settings: Mapping[str, Any] | None, tokenizer: str | Path, say: Callable[[str], None]
-) -> Loaded:
+def _open_others(reference: str, settings: Mapping[str, Any] | None = None, tokenizer: str | Path = "") -> tuple[huggingface.Source, Tokenizer]:
+    """The weights, not read yet, and the tokenizer of a model of others; arguments as for `load`."""
     path = huggingface.resolve(reference)
     source = huggingface.open_weights(path, settings=settings)
     own = path if path.is_dir() else path.parent
@@ -272,13 +284,16 @@ def _load_of_others(
     if tokens.vocab_size > source.config.vocab_size:
         reason = f"has {tokens.vocab_size} tokens, more than the {source.config.vocab_size} that the model embeds"
         raise InputError("tokenizer", str(tokenizer or own), reason, "Use the tokenizer that the model was trained with")
-    params = source.params(mesh) if mesh else jax.tree.map(jnp.asarray, source.params())
-    say(f"{reference}: {source.describe()}")
-    return Loaded(gpt2.GPT2(source.config), params, tokens)
+    return source, tokens
 
 
-def _run_and_step(reference: Path) -> tuple[Path, int | None]:
+def _is_run(reference: str | Path) -> bool:
+    return (_run_and_step(reference)[0] / "run.json").is_file()
+
+
+def _run_and_step(reference: str | Path) -> tuple[Path, int | None]:
     """RUN/checkpoints/STEP as (RUN, STEP); any other path as (path, None)."""
+    reference = Path(reference)
     if reference.parent.name == "checkpoints" and reference.name.isdigit():
         return reference.parent.parent, int(reference.name)
     return reference, None
@@ -299,12 +314,16 @@ def import_model(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("OUT", str(folder), "exists and is not empty", "Name a new directory")
-    model, params, tokens = load(reference, settings=settings, tokenizer=tokenizer, say=say)
+    if _is_run(reference):
+        raise InputError("MODEL", reference, "a run directory already", "Use it as it is, or copy it")
+    source, tokens = _open_others(reference, settings, tokenizer)
+    params = source.params()  # NumPy arrays are written without another copy
+    say(f"{reference}: {source.describe()}")
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(0, params, {"step": jnp.int32(0)})
     tokens.save(folder / "tokenizer")
-    config = Config(name="imported", model=model.config)
+    config = Config(name="imported", model=source.config)
     write_json(folder / "run.json", {"experiment": {"module": "", "structural": False, "files": []}, "imported_from": str(reference)})
     write_text(folder / "config.json", to_json(config))
 
@@ -315,11 +334,26 @@ def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> N
     Raises:
       InputError: Hugging Face GPT-2 cannot express it, or the folder is in use.
     """
-    model, params, tokenizer = load(reference, trust_code=trust_code)
-    if type(model) is not gpt2.GPT2 or model.block is not gpt2.Block:
-        reason = "has a structure of its own (MODEL in its experiment file)"
-        raise InputError("MODEL", reference, reason, "Export a model that is GPT-2 as Hugging Face has it")
-    huggingface.export_weights(model.config, on_host(params), folder, tokenizer=tokenizer)
+    if not _is_run(reference):
+        source, tokens = _open_others(reference)
+        huggingface.export_weights(source.config, source.unread(), folder, tokenizer=tokens)
+        return
+    model = _rebuild(reference, trust_code)
+    if unlike := _unlike_gpt2(model):
+        remedy = "Export a model that is GPT-2 as Hugging Face has it"
+        raise InputError("MODEL", reference, f"Hugging Face's GPT-2 cannot express {unlike}", remedy)
+    _, params, tokenizer = _restore(reference, model, None)
+    huggingface.export_weights(model.config, params, folder, tokenizer=tokenizer)
+
+
+def _unlike_gpt2(model: gpt2.Model) -> str:
+    """What of the model Hugging Face's GPT-2 has no place for, by name; empty where it can be exported."""
+    names = [f"model.{field} = {value}" for field, value in huggingface.inexpressible(model.config).items()]
+    if type(model) is not gpt2.GPT2:
+        names.append(f"the structure of {type(model).__name__}")
+    elif model.block is not gpt2.Block:
+        names.append(f"the structure of {getattr(model.block, '__name__', model.block)}")
+    return ", ".join(names)
 
 
 def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, int8: bool = False) -> dict[str, Any]:

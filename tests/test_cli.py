@@ -356,13 +356,24 @@ def test_generate_prints_the_prompt_and_what_follows(tiny_run, capfd):
         (["--top-k", "-1"], "top_k = -1: out of range"),
         (["--top-p", "0"], "top_p = 0.0: not a probability"),
         (["--stop", ""], "stop = '': empty"),
-        (["--banned", "9999"], "token 9999: outside the model's vocabulary"),
+        (["--banned", "9999"], "banned = token 9999: outside the model's vocabulary of 300. Give ids below 300"),
+        (["--forced", "9999"], "forced = token 9999: outside the model's vocabulary of 300. Give ids below 300"),
+        (["--seed", "99999999999999999999"], "seed = 99999999999999999999: more than a random key holds"),
+        (["--beams", "2", "--stop", "a"], "stop = ('a',): beam search compares whole continuations"),
+        (["--beams", "2", "--top-k", "3"], "top_k = 3: beam search draws nothing"),
+        (["--length-penalty", "2"], "length_penalty = 2.0: only beam search has a use for it"),
+        (["--early-stopping"], "early_stopping = True: only beam search has a use for it"),
+        (["--stream", "--scores"], "--scores: of no use with --stream"),
+        (["--drafted", "3"], "--drafted = 3: there is no model to guess. Name one with --draft"),
+        (["--draft", "{run}", "--drafted", "-3", "--max-tokens", "5"], "drafted = -3: not a number of tokens"),
+        (["--draft", "{run}", "--drafted", "0", "--max-tokens", "5"], "drafted = 0: not a number of tokens"),
+        (["--draft", "{run}", "--drafted", "200", "--max-tokens", "5"], "drafted = 200: not a number of tokens"),
         (["--stream", "--json"], "--stream: prints one text"),
         (["--stream", "--beams", "2", "--max-tokens", "5"], "beams = 2: a stream is one continuation"),
     ],
 )
 def test_settings_out_of_range_are_named(tiny_run, argv, words, capfd):
-    assert words in refused(["generate", tiny_run.folder, *argv], capfd)
+    assert words in refused(["generate", tiny_run.folder, *(word.format(run=tiny_run.folder) for word in argv)], capfd)
 
 
 def test_several_prompts_are_continued_each_as_alone(tiny_run, capfd):
@@ -382,10 +393,43 @@ def test_a_stream_prints_what_generate_prints(tiny_run, capfd):
 def test_scores_and_beams_and_a_draft_are_asked_for_by_flag(tiny_run, capfd):
     argv = ["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8", "--traceback"]
     assert cli.main([*argv, "--beams", "3", "--num", "2", "--scores"]) == 0
-    best = [float(score) for score in re.findall(r"^--- \d  (?:length|end of text)  (-\d+\.\d{4}) nats$", capfd.readouterr().out, re.M)]
-    assert len(best) == 2 and best[0] >= best[1]
+    heading = r"^--- \d  (?:length|end of text)  (-\d+\.\d{4}) nats"
+    best = re.findall(heading + r"  score (-\d+\.\d{4})$", capfd.readouterr().out, re.M)
+    assert len(best) == 2 and float(best[0][1]) >= float(best[1][1])
+    assert all(float(nats) <= float(score) <= float(nats) / 8 + 1e-4 for nats, score in best)
+    assert cli.main([*argv, "--temperature", "0", "--scores"]) == 0
+    alone = capfd.readouterr().out
+    assert cli.main([*argv, "--temperature", "0", "--scores", "--draft", str(tiny_run.folder)]) == 0
+    assert capfd.readouterr().out == alone and re.match(heading + "\n", alone)
     greedy = texts(capfd, *argv[1:-1], "--temperature", 0)
     assert texts(capfd, *argv[1:-1], "--temperature", 0, "--draft", tiny_run.folder, "--drafted", 2) == greedy
+
+
+@pytest.mark.parametrize("flags", [["--num", 2], ["--beams", 3, "--num", 2], ["--draft", "{run}"]])
+def test_json_says_how_likely_each_token_was(tiny_run, flags, capfd):
+    flags = [str(flag).format(run=tiny_run.folder) for flag in flags]
+    assert cli.main(["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8", "--json", *flags]) == 0
+    for g in json.loads(capfd.readouterr().out)["generations"]:
+        assert list(g) == ["prompt", "text", "tokens", "logprobs", "logprob", "score", "ended_by"]
+        assert len(g["logprobs"]) == len(g["tokens"]) + (g["ended_by"] == "end of text")
+        assert g["logprob"] == pytest.approx(sum(g["logprobs"]), abs=1e-4) and (g["score"] is None) == ("--beams" not in flags)
+
+
+def test_help_of_chat_shows_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "half the context at most (default 200)" in said and "0 is greedy (default 0.8)" in said and "(default 'User')" in said
+
+
+def test_a_conversation_with_a_small_context_needs_no_flags(tiny_run):
+    done = subprocess.run(
+        [sys.executable, "-m", "mlm_jax.cli", "chat", str(tiny_run.folder), "--user", "a", "--assistant", "the"],
+        input="a\n/settings\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "max_tokens = 8\n" in done.stdout and "turn = " not in done.stdout, done.stdout + done.stderr
 
 
 def test_a_conversation_over_standard_input(tiny_run):

@@ -84,7 +84,7 @@ def test_a_field_set_whole_and_in_part_is_refused():
 
 def test_an_unknown_field_is_answered_with_the_closest_one():
     line = changed(optim__peek_lr=1e-3)
-    assert line.startswith("optim.peek_lr: OptimConfig has no field 'peek_lr'. Did you mean 'peak_lr'?. Fields: peak_lr, end_lr, ")
+    assert line.startswith("optim.peek_lr: OptimConfig has no field 'peek_lr'. Did you mean 'peak_lr'? Fields: peak_lr, end_lr, ")
     assert changed(modle__d_model=8).startswith("modle: Config has no field 'modle'. Did you mean 'model'?")
     assert changed(zzz=1).startswith("zzz: Config has no field 'zzz'. Fields: name, model, ")  # nothing is close
     assert changed(train__steps__x=1) == "train.steps = {'x': 1}: a single value, it has no fields. Write a value of type int."
@@ -131,10 +131,10 @@ def test_an_int_serves_where_a_float_is_due():
         (
             ModelConfig,
             {"compute_dtype": "bfloat"},
-            "model.compute_dtype = bfloat: unknown. Did you mean 'bfloat16'?. Choose from: float32, bfloat16.",
+            "model.compute_dtype = bfloat: unknown. Did you mean 'bfloat16'? Choose from: float32, bfloat16.",
         ),
         (DataConfig, {"source": ""}, "data.source: empty. Name a text file, a folder, tfds:NAME or python-docs."),
-        (DataConfig, {"tokenizer": "gtp2"}, "data.tokenizer = gtp2: unknown. Did you mean 'gpt2'?. Choose from: gpt2, bpe, char, byte."),
+        (DataConfig, {"tokenizer": "gtp2"}, "data.tokenizer = gtp2: unknown. Did you mean 'gpt2'? Choose from: gpt2, bpe, char, byte."),
         (
             DataConfig,
             {"bpe_vocab_size": 256},
@@ -143,9 +143,11 @@ def test_an_int_serves_where_a_float_is_due():
         (DataConfig, {"val_fraction": -0.1}, "data.val_fraction = -0.1: not a fraction. Give a value from 0 up to, not including, 1."),
         (OptimConfig, {"peak_lr": math.nan}, "optim.peak_lr = nan: not a number. Give a finite value of 0 or more."),
         (OptimConfig, {"b2": 1.0}, "optim.b2 = 1.0: not a fraction. Give a value from 0 up to, not including, 1."),
+        (TrainConfig, {"seed": 2**32}, "train.seed = 4294967296: more than a random key holds. Give a seed below 4294967296."),
         (TrainConfig, {"steps": 0}, "train.steps = 0: below the least that makes sense, 1. Give a finite value of 1 or more."),
         (MeshConfig, {"fsdp": 0}, "mesh.fsdp = 0: not a number of devices. Give 1 or more, or -1 for all that remain."),
         (MeshConfig, {"tensor": -1}, "mesh.tensor = -1: mesh.data is -1 too. Let one axis take the devices that remain."),
+        (SampleConfig, {"seed": 10**20}, "seed = 100000000000000000000: more than a random key holds. Give a seed below 4294967296."),
         (SampleConfig, {"top_p": 0.0}, "top_p = 0.0: not a probability. Give a value above 0, at most 1."),
         (Config, {"name": ".."}, "name = ..: not usable as the name of a folder. Use letters, digits, '.', '_' and '-'."),
         (Config, {"name": "a/b"}, "name = a/b: not usable as the name of a folder. Use letters, digits, '.', '_' and '-'."),
@@ -207,7 +209,7 @@ def test_json_gives_an_equal_configuration_back():
             "model.unroll_layers": True,
             "data.source": 'a "quoted" \\ folder\n',
             "optim.peak_lr": 0.1 + 0.2,  # no short decimal
-            "train.seed": 2**40,
+            "train.seed": 2**31,
             "mesh.data": 4,
             "mesh.fsdp": -1,
             "sample.top_p": 0.5,
@@ -241,6 +243,7 @@ def test_an_input_error_is_one_line_whatever_it_is_about():
     assert str(InputError("f", "a\nb", "bad", "mend it")) == "f = a b: bad. mend it."
     assert str(InputError("f", 3, "bad.", "mend it.")) == "f = 3: bad. mend it."  # no second full stop
     assert str(InputError("f", "", "bad", "mend it")) == "f: bad. mend it."
+    assert str(InputError("f", "", "bad. Did you mean 'g'?", "mend it")) == "f: bad. Did you mean 'g'? mend it."
 
 
 def test_a_wrong_setting_inside_a_configuration_is_named_from_the_top():

@@ -1,6 +1,7 @@
 """Import and export: our parameters against Hugging Face's own files, logits and loss."""
 
 import dataclasses
+import filecmp
 import json
 import os
 import pickle
@@ -276,16 +277,27 @@ def test_a_single_file_beside_its_config_json_needs_no_settings(folder: Path) ->
 )
 def test_what_a_single_file_does_not_tell_is_asked_for_with_the_flag_that_says_it(tmp_path: Path, given: dict, asked: tuple) -> None:
     alone = shutil.copy(GOLDEN / "model.safetensors", tmp_path / "weights.safetensors")
-    with pytest.raises(
-        InputError, match=r"do not tell .*--set model\.n_heads=12, and --set model\.activation=gelu_erf for nanoGPT, gelu_tanh"
-    ) as what:
+    with pytest.raises(InputError, match=r"do not tell .*--set model\.n_heads=12 --set model\.activation=gelu_erf for nanoGPT, gelu_tanh") as what:
         huggingface.import_weights(alone, settings=given)
     assert what.value.reason == f"the weights alone do not tell {' and '.join('model.' + field for field in asked)}"
 
 
-def test_settings_change_what_config_json_says_and_a_wrong_one_is_named() -> None:
-    config, _ = huggingface.import_weights(GOLDEN, settings={"activation": "gelu_erf", "dropout": 0.0, "compute_dtype": "bfloat16"})
-    assert (config.activation, config.dropout, config.compute_dtype) == ("gelu_erf", 0.0, "bfloat16")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *{"position": "none", "norm": "rms", "qk_norm": True, "logit_softcap": 3.0, "mup_base_width": 10, "activation": "swiglu"}.items(),
+        *{"n_kv_heads": 2, "n_heads": 5, "norm_eps": 0.1}.items(),
+        ("activation", "gelu_erf"),
+    ],
+)
+def test_a_setting_that_would_make_another_model_of_the_weights_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^model\.{field} = '?{value}'?: (no model of Hugging Face|the file beside the weights says)"):
+        huggingface.open_weights(GOLDEN, settings={field: value})
+
+
+def test_settings_that_leave_the_model_the_same_are_taken_and_a_wrong_one_is_named() -> None:
+    config, _ = huggingface.import_weights(GOLDEN, settings={"activation": "gelu_tanh", "dropout": 0.0, "compute_dtype": "bfloat16"})
+    assert (config.activation, config.dropout, config.compute_dtype) == ("gelu_tanh", 0.0, "bfloat16")
     with pytest.raises(InputError, match=r"^model\.n_head: .*Did you mean 'n_heads'"):
         huggingface.import_weights(GOLDEN, settings={"n_head": 4})
     with pytest.raises(InputError, match=r"^model\.n_heads = 'four': expected int"):
@@ -407,7 +419,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused() -> None:
         huggingface.import_weights(GOLDEN, mesh=sharding.make_mesh(MeshConfig(data=1, tensor=8)))
 
 
-def test_import_and_export_need_memory_for_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_needs_memory_for_one_copy_of_the_weights_and_export_for_few_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "CHUNK", 1 << 16)
     config = ModelConfig(vocab_size=2000, context_len=64, n_layers=8, n_heads=2, d_model=128, d_ff=512)
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0))))
@@ -424,6 +436,11 @@ def test_import_and_export_need_memory_for_one_copy_of_the_weights(tmp_path: Pat
         tracemalloc.reset_peak()
         huggingface.import_weights(tmp_path / "out")
         assert tracemalloc.get_traced_memory()[1] < 1.2 * size
+        tracemalloc.reset_peak()
+        source = huggingface.open_weights(tmp_path / "out")
+        huggingface.export_weights(source.config, source.unread(), tmp_path / "again")
+        assert tracemalloc.get_traced_memory()[1] < 0.2 * size
+        assert filecmp.cmp(tmp_path / "out/model.safetensors", tmp_path / "again/model.safetensors", shallow=False)
     finally:
         tracemalloc.stop()
 
@@ -672,6 +689,10 @@ BROKEN_TORCH: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a .bin of another kind": (lambda f: (save_torch(f), write(f, bytes(range(256)), "pytorch_model.bin")), "pytorch_model.bin: not"),
     "directory for the .bin": (lambda f: (save_torch(f), directory(f, "pytorch_model.bin")), NOT_TORCH),
     "a list": (lambda f: save_torch(f, [1, 2]), "no state dict but list"),
+    "tensors without numbers": (
+        lambda f: save_torch(f, {"wte.weight": pytest.importorskip("torch").empty(2, device="meta")}),
+        "no dense tensors: wte",
+    ),
     "numbers for tensors": (lambda f: save_torch(f, {"wte.weight": 3}), "no dense tensors: wte.weight"),
     "model_args without a key": (lambda f: checkpoint(f, n_head=None), "model_args: n_head missing"),
     "model_args of a wrong type": (lambda f: checkpoint(f, n_head="4"), r"n_heads = '4': expected int"),

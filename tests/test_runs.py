@@ -1,5 +1,6 @@
 """A run directory: what its stages write, what they skip, and how it resumes and rebuilds itself."""
 
+import filecmp
 import json
 import os
 import random
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from mlm_jax import checkpoint, cli, experiment, runs, sharding
-from mlm_jax.config import InputError, MeshConfig, from_json
+from mlm_jax import checkpoint, cli, experiment, huggingface, runs, sharding, weights
+from mlm_jax.config import InputError, MeshConfig, ModelConfig, from_json
+from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.metrics import read_metrics
 from mlm_jax.model import gpt2
 
@@ -252,7 +254,17 @@ def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp
     assert cli.main(["generate", str(out), "--max-tokens", "3", "--trust-code", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["generations"] == said
     assert cli.main(["export", str(out), str(tmp_path / "hf"), "--trust-code"]) == 2
-    assert "has a structure of its own" in capfd.readouterr().err and not (tmp_path / "hf").exists()
+    assert "cannot express the structure of ParallelBlock" in capfd.readouterr().err and not (tmp_path / "hf").exists()
+
+
+def test_a_run_with_switches_goes_to_its_end_and_names_those_that_keep_it_from_an_export(tiny_experiment, tmp_path, capfd):
+    switches = ["model.norm=rms", "model.position=rotary", "train.steps=3"]
+    assert cli.main(["run", str(tiny_experiment), "--out", str(tmp_path / "run"), *(part for s in switches for part in ("--set", s))]) == 0
+    err = capfd.readouterr().err
+    assert "export: skipped, Hugging Face's GPT-2 cannot express model.position = rotary, model.norm = rms" in err
+    assert err.endswith("(report.html, samples.txt)\n") and not (tmp_path / "run/hf").exists() and (tmp_path / "run/report.html").is_file()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 2
+    assert "cannot express model.position = rotary, model.norm = rms" in capfd.readouterr().err
 
 
 def with_norm_2(params):
@@ -370,3 +382,37 @@ def test_the_experiment_of_a_run_is_checked_before_its_stages(tiny_run, copied):
     (copied / "run.json").write_text(json.dumps({"experiment": {"module": "x"}}))
     with pytest.raises(InputError, match="does not say what code made the run"):
         runs.Run(experiment.load(str(tiny_run.experiment)), copied)
+
+
+MEMORY = """
+import json, os, resource, sys
+from mlm_jax import cli
+import orbax.checkpoint, transformers, mlm_jax.runs  # what the command imports is no part of the weights
+transformers.GPT2Config, transformers.GenerationConfig
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert cli.main(sys.argv[1:]) == 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process in Linux's unit")
+def test_import_and_export_hold_the_weights_once_or_not_at_all(tmp_path):
+    config = ModelConfig(vocab_size=50_257, n_layers=24, n_heads=16, d_model=1024, d_ff=4096)  # 355M
+    shapes = {huggingface.PREFIX + name: shape for name, shape in huggingface.tensor_shapes(config).items()}
+    source = tmp_path / "source"
+    source.mkdir()
+    weights.write_safetensors(source / "model.safetensors", shapes, lambda name: np.full(shapes[name], 0.02, np.float32))
+    huggingface._write_configs(config, source, None)
+    tokenizers.gpt2().save(source)
+    size = (source / "model.safetensors").stat().st_size
+
+    def peak(*command: object) -> float:
+        done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True, timeout=600)
+        return float(done.stdout.splitlines()[-1]) / size
+
+    assert peak("import", source, tmp_path / "run") < 1.3
+    assert peak("export", tmp_path / "run", tmp_path / "back") < 1.5  # orbax reads a tensor more than it keeps
+    assert peak("export", source, tmp_path / "again") < 0.5
+    for folder in ("back", "again"):
+        assert filecmp.cmp(source / "model.safetensors", tmp_path / folder / "model.safetensors", shallow=False)

@@ -24,8 +24,10 @@ class Beams(NamedTuple):
 
     n: Int[Array, ""]  # tokens chosen
     tokens_PWT: Int[Array, "P W T"]
-    scores_PW: Float[Array, "P W"]  # summed log-probabilities
+    logprobs_PWT: Float[Array, "P W T"]  # of each token, by the model itself
+    scores_PW: Float[Array, "P W"]  # summed log-probabilities, after penalties and bans
     done_tokens_PWT: Int[Array, "P W T"]
+    done_logprobs_PWT: Float[Array, "P W T"]
     done_scores_PW: Float[Array, "P W"]  # over length ** length_penalty
     done_lengths_PW: Int[Array, "P W"]
     done_PW: Bool[Array, "P W"]
@@ -59,12 +61,16 @@ def search(
     def candidates(beams: Beams, logits_BV: Float[Array, "B V"]) -> tuple[Beams, Array]:
         """(the beams after one more token each, which row each of them continues)."""
         n, V = beams.n, logits_BV.shape[-1]
-        logprobs_BV = adjust(jax.nn.log_softmax(logits_BV, axis=-1), beams.seen, n, eot_id, config.sampling)
-        total_PV = (logprobs_BV.reshape(P, W, V) + beams.scores_PW[:, :, None]).reshape(P, W * V)
+        logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        adjusted_BV = adjust(logprobs_BV, beams.seen, n, eot_id, config.sampling)
+        total_PV = (adjusted_BV.reshape(P, W, V) + beams.scores_PW[:, :, None]).reshape(P, W * V)
         best_PC, index_PC = jax.lax.top_k(total_PV, 2 * W)
         from_PC, ids_PC = index_PC // V, (index_PC % V).astype(jnp.int32)
-        tokens_PCT = jnp.take_along_axis(beams.tokens_PWT, from_PC[:, :, None], axis=1)
-        tokens_PCT = jax.lax.dynamic_update_slice_in_dim(tokens_PCT, ids_PC[:, :, None], n, axis=2)
+        longer = lambda x_PWT, new_PC: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+            jnp.take_along_axis(x_PWT, from_PC[:, :, None], axis=1), new_PC[:, :, None], n, axis=2
+        )
+        tokens_PCT = longer(beams.tokens_PWT, ids_PC)
+        logprobs_PCT = longer(beams.logprobs_PWT, jnp.take_along_axis(logprobs_BV.reshape(P, W * V), index_PC, axis=1))
         ends_PC = (ids_PC == eot_id) | (n + 1 >= config.max_tokens)
 
         # finished: the old ones against the new ones among the W best
@@ -77,7 +83,7 @@ def search(
         merged = lambda old, new: jnp.take_along_axis(  # noqa: E731
             jnp.concatenate([old, new], axis=1), keep_PW.reshape(P, W, *[1] * (old.ndim - 2)), axis=1
         )
-        done_tokens_PWT = merged(beams.done_tokens_PWT, tokens_PCT)
+        done_tokens_PWT, done_logprobs_PWT = merged(beams.done_tokens_PWT, tokens_PCT), merged(beams.done_logprobs_PWT, logprobs_PCT)
         done_lengths_PW = merged(beams.done_lengths_PW, jnp.full((P, 2 * W), n + 1))
         done_PW = merged(beams.done_PW, new_PC & ~closed_P[:, None])
 
@@ -89,9 +95,9 @@ def search(
         best_P = scores_PW[:, 0] / (n + 1).astype(jnp.float32) ** config.length_penalty
         worst_PW = jnp.where(done_PW, done_scores_PW.min(axis=1, keepdims=True), NEVER)
         hopeful_P = beams.hopeful_P & (best_P[:, None] > worst_PW).any(axis=1)
-        tokens_PWT = jnp.take_along_axis(tokens_PCT, go_PW[:, :, None], axis=1)
-        done = (done_tokens_PWT, done_scores_PW, done_lengths_PW, done_PW)
-        return Beams(n + 1, tokens_PWT, scores_PW, *done, hopeful_P, ends_PC.all(axis=1), seen), from_B
+        tokens_PWT, logprobs_PWT = (jnp.take_along_axis(x_PCT, go_PW[:, :, None], axis=1) for x_PCT in (tokens_PCT, logprobs_PCT))
+        done = (done_tokens_PWT, done_logprobs_PWT, done_scores_PW, done_lengths_PW, done_PW)
+        return Beams(n + 1, tokens_PWT, logprobs_PWT, scores_PW, *done, hopeful_P, ends_PC.all(axis=1), seen), from_B
 
     def going(carry: Any) -> Array:
         _, beams, _ = carry
@@ -115,10 +121,11 @@ def search(
 
 def beam_search(
     model: gpt2.Model, params: Any, prompts: Sequence[loop.Ids], config: SampleConfig, eot_id: int
-) -> list[list[tuple[Int[np.ndarray, "_"], float]]]:
-    """For each prompt its `config.num` best continuations, best first: (token ids without the end of text, score).
+) -> list[list[tuple[Int[np.ndarray, "_"], Float[np.ndarray, "_"], float]]]:
+    """For each prompt its `config.num` best continuations, best first: (token ids without the end of text, log-probabilities with it, score).
 
-    The score is the summed log-probability, in nats, over length ** length_penalty; the length counts the end of text.
+    The log-probabilities, in nats, are the model's own. The score is their sum, after penalties and bans, over length ** length_penalty;
+    the length counts the end of text.
 
     Raises:
       InputError: a prompt or a setting that the model cannot follow.
@@ -129,13 +136,16 @@ def beam_search(
     prompt_PT, padding_P = loop.pad_left(rows, limit)
     P, W, T = len(rows), config.beams, loop.bucket(config.max_tokens)
     logits_PV, cache = loop.prefill(model, params, prompt_PT, padding_P, cache_len=loop.bucket(prompt_PT.shape[1] + config.max_tokens))
-    tokens_PWT, scores_PW = jnp.zeros((P, W, T), jnp.int32), jnp.full((P, W), NEVER)
+    loop.check_finite(logits_PV)
+    tokens_PWT, logprobs_PWT, scores_PW = jnp.zeros((P, W, T), jnp.int32), jnp.zeros((P, W, T)), jnp.full((P, W), NEVER)
     repeated = jnp.repeat(jnp.asarray(prompt_PT), W, axis=0), jnp.repeat(jnp.asarray(padding_P), W, axis=0)
     beams = Beams(
         jnp.int32(0),
         tokens_PWT,
+        logprobs_PWT,
         scores_PW.at[:, 0].set(0.0),  # the beams of a prompt are one until they part
         tokens_PWT,
+        logprobs_PWT,
         scores_PW,
         jnp.zeros((P, W), jnp.int32),
         jnp.zeros((P, W), bool),
@@ -146,8 +156,10 @@ def beam_search(
     cached, static = np.int32(prompt_PT.shape[1]), dataclasses.replace(config, prompt="", num=1, seed=0)
     beams = jax.tree.map(np.asarray, search(model, params, cache, logits_PV, beams, cached, padding_P, config=static, eot_id=eot_id))
     out = []
-    for tokens_WT, lengths, scores in zip(beams.done_tokens_PWT, beams.done_lengths_PW, beams.done_scores_PW, strict=True):
-        texts = [row[:length] for row, length in zip(tokens_WT, lengths, strict=True)]
-        texts = [text[:-1] if len(text) and text[-1] == eot_id else text for text in texts]
-        out.append([(text, float(score)) for text, score in zip(texts, scores, strict=True)][: config.num])
+    for prompt in zip(beams.done_tokens_PWT, beams.done_logprobs_PWT, beams.done_lengths_PW, beams.done_scores_PW, strict=True):
+        found = []
+        for tokens, logprobs, length, score in zip(*prompt, strict=True):
+            ended = int(length > 0 and tokens[length - 1] == eot_id)
+            found.append((tokens[: length - ended], logprobs[:length], float(score)))
+        out.append(found[: config.num])
     return out

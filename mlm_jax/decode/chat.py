@@ -2,15 +2,17 @@
 
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlm_jax.config import InputError, SampleConfig, override, parse_literal
+from mlm_jax.config import SEEDS, ChatConfig, InputError, SampleConfig, override, parse_literal
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.decode import text
 from mlm_jax.model import gpt2
 
-HELP = """/set NAME VALUE   change a setting, for example /set temperature 0.7
+UNUSED = ("num", "beams", "length_penalty", "early_stopping")  # an answer is one, and is no beam search
+HELP = """/set NAME VALUE   change a setting, for example /set temperature 0.7, or /set stop ('one', 'two')
 /settings         show the settings
 /history          show the conversation
 /undo             take the last turn and its answer back
@@ -20,38 +22,24 @@ HELP = """/set NAME VALUE   change a setting, for example /set temperature 0.7
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(SampleConfig):
-    """How a conversation is written and answered; `prompt` is the text before the first turn."""
-
-    user: str = "User"
-    assistant: str = "Assistant"
-
-
 class Conversation:
     """The turns so far, and the model that answers."""
 
     def __init__(self, model: gpt2.Model, params: Any, tokenizer: Tokenizer, config: ChatConfig) -> None:
-        """Raises: InputError: the settings ask for more than one answer."""
-        self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.config = self._check(config)
+        self.model, self.params, self.tokenizer, self.config = model, params, tokenizer, config
         self.turns: list[tuple[str, str]] = []  # (what was said, the answer)
         self._answers = 0
 
-    @staticmethod
-    def _check(config: ChatConfig) -> ChatConfig:
-        for name in ("num", "beams"):
-            if getattr(config, name) != 1:
-                raise InputError(name, getattr(config, name), "a turn has one answer, written as it is found", "Leave it at 1")
-        return config
-
     def change(self, name: str, value: str) -> None:
-        """Sets one setting, given as text.
+        """Sets one setting, given as text; a single value serves where several may stand.
 
         Raises:
           InputError: no such setting, or not a value for it.
         """
-        self.config = self._check(override(self.config, {name: parse_literal(ChatConfig, name, value)}))
+        given, kind = parse_literal(ChatConfig, name, value), typing.get_type_hints(ChatConfig).get(name)
+        if typing.get_origin(kind) is tuple and not isinstance(given, tuple | list):
+            given = (value if typing.get_args(kind)[0] is str and not isinstance(given, str) else given,)
+        self.config = override(self.config, {name: given})
 
     def answer(self, said: str) -> Iterator[str]:
         """The answer to what is said, piece by piece; the turn is remembered with as much as was written.
@@ -66,15 +54,14 @@ class Conversation:
         first, prompt = 0, self.written(self.turns, said)
         while len(self.tokenizer.encode(prompt)) > room:
             if first == len(self.turns):
-                n = len(self.tokenizer.encode(prompt))
-                raise InputError(
-                    "turn", f"{n} tokens", f"with max_tokens = {c.max_tokens} more than the context of {room + c.max_tokens}", "Say less"
-                )
+                n, limit = len(self.tokenizer.encode(prompt)), self.model.config.context_len
+                remedy = f"/set max_tokens {limit - n}, or say less" if n < limit else "Say less"
+                raise InputError("turn", f"{n} tokens", f"with max_tokens = {c.max_tokens} more than the context of {limit}", remedy)
             first += 1
             prompt = self.written(self.turns[first:], said)
         names = {field.name for field in dataclasses.fields(SampleConfig)} - {"prompt"}
         settings = {name: getattr(c, name) for name in names}
-        settings |= {"seed": c.seed + self._answers, "stop": (*c.stop, f"\n{c.user}:")}
+        settings |= {"seed": (c.seed + self._answers) % SEEDS, "stop": (*c.stop, f"\n{c.user}:")}
         pieces = text.stream(self.model, self.params, self.tokenizer, prompt, **settings)
         self._answers += 1
         written = ""
@@ -145,7 +132,7 @@ def obey(conversation: Conversation, line: str, out: Any) -> None:
             raise InputError("/set", rest, "takes a name and a value", "Write, for example, /set temperature 0.7")
         conversation.change(name, value.strip())
     elif command == "/settings":
-        out.writelines(f"{name} = {value!r}\n" for name, value in dataclasses.asdict(conversation.config).items() if name not in ("num", "beams"))
+        out.writelines(f"{name} = {value!r}\n" for name, value in dataclasses.asdict(conversation.config).items() if name not in UNUSED)
     elif command == "/history":
         out.write(conversation.written(conversation.turns) + "\n")
     elif command == "/clear":
@@ -153,8 +140,12 @@ def obey(conversation: Conversation, line: str, out: Any) -> None:
     elif command in ("/undo", "/retry"):
         if not conversation.turns:
             raise InputError(command, "", "nothing was said yet", "Say something first")
-        said, _ = conversation.turns.pop()
+        n, turn = len(conversation.turns), conversation.turns.pop()
         if command == "/retry":
-            speak(conversation, said, out)
+            try:
+                speak(conversation, turn[0], out)
+            finally:
+                if len(conversation.turns) < n:  # there is no new answer
+                    conversation.turns.append(turn)
     else:
         raise InputError("command", command, "unknown", "/help lists the commands")

@@ -131,6 +131,7 @@ class Decoding:
         self._room = min(self.config.max_tokens - self._n, limit + 1 - max(map(len, self._visible)))  # tokens until a row sees too much
         cache_len = bucket(prompt_BT.shape[1] + self._room)
         logits_BV, cache = prefill(self._model, self._params, prompt_BT[::repeat], padding_B[::repeat], cache_len=cache_len)
+        check_finite(logits_BV)
         if repeat > 1:
             logits_BV, cache = jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), (logits_BV, cache))
         self._cache, self._padding_B, self._cached, self._prefilled = cache, padding_B, prompt_BT.shape[1], self._n
@@ -181,15 +182,29 @@ def check(config: ModelConfig, prompts: Sequence[Int[np.ndarray, "_"]], settings
     """Raises InputError unless the model can go on from every prompt as the settings ask."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise InputError("prompt", "", "holds no token", "Give at least one, for example the end of text")
-    outside = [int(i) for ids in (*prompts, np.array(settings.banned), np.array(settings.forced)) for i in ids if not 0 <= i < config.vocab_size]
-    if outside:
-        raise InputError("prompt", f"token {outside[0]}", f"outside the model's vocabulary of {config.vocab_size}", "Use the model's own tokenizer")
+    remedies = {"prompt": "Use the model's own tokenizer", **dict.fromkeys(("banned", "forced"), f"Give ids below {config.vocab_size}")}
+    for field, ids in {"prompt": np.concatenate(prompts), "banned": settings.banned, "forced": settings.forced}.items():
+        outside = [int(i) for i in ids if not 0 <= i < config.vocab_size]
+        if outside:
+            raise InputError(field, f"token {outside[0]}", f"outside the model's vocabulary of {config.vocab_size}", remedies[field])
     longest = max(map(len, prompts))
     if settings.overflow == "refuse" and longest + settings.max_tokens > config.context_len:
         most = config.context_len - longest
         remedy = f"Ask for at most {most}" if most > 0 else f"Shorten the prompt to fewer than {config.context_len} tokens"
         reason = f"with {longest} prompt tokens more than model.context_len = {config.context_len}"
         raise InputError("max_tokens", settings.max_tokens, reason, f'{remedy}, or set overflow to "window"')
+
+
+@jax.jit
+def _finite(logits_BV: Float[Array, "B V"]) -> Bool[Array, ""]:
+    return constrain(jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1)).all(), "")  # the padding of a vocabulary is -inf
+
+
+def check_finite(logits_BV: Float[Array, "B V"]) -> None:
+    """Raises InputError where the logits of a row are no distribution, as those of a model that diverged in training."""
+    if not _finite(logits_BV):
+        reason = "the logits that the model computes with them are not finite"
+        raise InputError("params", "", reason, "Use a checkpoint from before the training diverged")
 
 
 def row_keys(prompts: Sequence[Int[np.ndarray, "_"]], num: int, seed: int) -> Array:
@@ -217,16 +232,28 @@ def bucket(n: int) -> int:
     return power * 3 // 4 if power > 16 and power * 3 // 4 >= n else power
 
 
-_flat: dict[tuple[int, ...], Any] = {}
+_flat: list[tuple[list[weakref.ref], Any, gpt2.Params]] = []  # (the leaves, their tree, it unstacked) of the last two trees: a model and its draft
 
 
 def flat(params: gpt2.Params) -> gpt2.Params:
-    """`gpt2.unstack` of the parameters, kept for as long as they live: a copy of them all would cost more than some tokens do."""
+    """`gpt2.unstack` of the parameters, kept for as long as all of them live: a copy of them all would cost more than some tokens do.
+
+    NumPy arrays can be written into, so that what was made of them is not kept.
+    """
     if "blocks" not in params:
         return params
-    leaves = jax.tree.leaves(params)
-    key = tuple(map(id, leaves))
-    if key not in _flat:
-        _flat[key] = jax.jit(gpt2.unstack)(params)
-        weakref.finalize(leaves[0], _flat.pop, key, None)
-    return _flat[key]
+    leaves, tree = jax.tree.flatten(params)
+    for entry in _flat:
+        refs, known, unstacked = entry
+        if known == tree and all(ref() is leaf for ref, leaf in zip(refs, leaves, strict=True)):
+            _flat[:] = [*(other for other in _flat if other is not entry), entry]  # the last used last
+            return unstacked
+    unstacked = jax.jit(gpt2.unstack)(params)
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+        _flat.append(([weakref.ref(leaf, _forget) for leaf in leaves], tree, unstacked))
+        del _flat[:-2]
+    return unstacked
+
+
+def _forget(dead: weakref.ref) -> None:
+    _flat[:] = [entry for entry in _flat if all(ref is not dead for ref in entry[0])]

@@ -1,6 +1,7 @@
 """Generation in text: what `mlm_jax.generate`, `mlm_jax.stream` and the commands call."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ class Generation(NamedTuple):
     """One continuation."""
 
     text: str  # without the prompt, and without what ended it
-    tokens: Int[np.ndarray, "_"]
-    logprobs: Float[np.ndarray, "_"] | None  # of each token and of the end of text, nats, by the model itself; None for beams and drafts
-    score: float | None  # summed log-probability; for beams over length ** length_penalty
+    tokens: Int[np.ndarray, "_"]  # up to the one that completed a stop string; without the end of text
+    logprobs: Float[np.ndarray, "_"]  # of each token and of the end of text, nats, by the model itself
+    logprob: float  # their sum
+    score: float | None  # what beams are ranked by: the sum, after penalties, over length ** length_penalty; None without beams
     ended_by: str  # "end of text", "stop" or "length"
 
 
@@ -35,54 +37,63 @@ class Draft(NamedTuple):
     drafted: int = 4  # tokens guessed at a time
 
 
-def settings_of(settings: dict[str, Any]) -> SampleConfig:
-    """The settings given by name, checked.
+def settings_of(settings: dict[str, Any], config: SampleConfig | None = None) -> SampleConfig:
+    """The settings given by name, checked; the others are those of `config`.
 
     Raises:
       InputError: no such setting, or a value out of range.
     """
     for name in settings:
         one_of("setting", name, [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"])
-    return SampleConfig(**settings)
+    return dataclasses.replace(config, **settings) if config else SampleConfig(**settings)
 
 
 def generations(
-    model: gpt2.Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], config: SampleConfig, *, draft: Draft | None = None
+    model: gpt2.Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SampleConfig | None = None,
+    *,
+    draft: Draft | None = None,
+    **settings: Any,
 ) -> list[list[Generation]]:
-    """`config.num` continuations of each prompt; an empty prompt starts a document. `config.prompt` is not looked at.
+    """`num` continuations of each prompt: their texts, as `generate` gives them, with tokens, log-probabilities and why they ended.
+
+    The settings are those of `generate`; `config` holds those that are not given by name, and its prompt is not looked at.
 
     Raises:
       InputError: a setting that the model cannot follow, or more tokens than it can embed.
     """
-    eot_id = tokenizer.eot_id
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    config = settings_of(settings, config)
+    ids, eot_id = [encode(tokenizer, prompt) for prompt in listed(prompts)], tokenizer.eot_id
     if config.beams > 1 and draft is None:
         found = beam_search(model, params, ids, config, eot_id)
-        return [[finish(tokenizer, config, tokens, None, score) for tokens, score in best] for best in found]
+        return [[finish(tokenizer, config, *row) for row in best] for best in found]
     if draft is not None:
-        texts, _ = speculative(model, params, draft.model, draft.params, ids, config, eot_id, drafted=draft.drafted)
-        flat = [finish(tokenizer, config, tokens, None, None) for tokens in texts]
+        rows, _ = speculative(model, params, draft.model, draft.params, ids, config, eot_id, drafted=draft.drafted)
     else:
         decoding = loop.Decoding(model, params, ids, config, eot_id)
         while not decoding.ended:
             decoding.advance(decoding.n + CHECK_EVERY if config.stop else config.max_tokens)
             if config.stop:
-                decoding.end([b for b, (tokens, _) in enumerate(decoding.rows()) if find_stop(tokenizer.decode(tokens), config.stop) >= 0])
-        flat = [finish(tokenizer, config, tokens, logprobs) for tokens, logprobs in decoding.rows()]
+                decoding.end([b for b, (tokens, _) in enumerate(decoding.rows()) if stopped(tokenizer, tokens, config.stop)])
+        rows = decoding.rows()
+    flat = [finish(tokenizer, config, *row) for row in rows]
     return [flat[i : i + config.num] for i in range(0, len(flat), config.num)]
 
 
 def finish(
-    tokenizer: Tokenizer, config: SampleConfig, tokens: Int[np.ndarray, "_"], logprobs: Float[np.ndarray, "_"] | None, score: float | None = None
+    tokenizer: Tokenizer, config: SampleConfig, tokens: Int[np.ndarray, "_"], logprobs: Float[np.ndarray, "_"], score: float | None = None
 ) -> Generation:
-    """The continuation in text, cut before the first stop string."""
-    text = tokenizer.decode(tokens)
-    stop = find_stop(text, config.stop)
-    ended_by = "stop" if stop >= 0 else "end of text" if len(tokens) < config.max_tokens else "length"
-    if logprobs is not None:
+    """The continuation in text, cut before the first stop string; tokens and log-probabilities are cut behind it."""
+    if found := stopped(tokenizer, tokens, config.stop):
+        (n, text), ended_by = found, "stop"
+        tokens, logprobs = tokens[:n], logprobs[:n]
+    else:
+        text, ended_by = tokenizer.decode(tokens), "end of text" if len(tokens) < config.max_tokens else "length"
         logprobs = logprobs[: len(tokens) + (ended_by == "end of text")]
-        score = float(logprobs.sum())
-    return Generation(text if stop < 0 else text[:stop], tokens, logprobs, score, ended_by)
+    return Generation(text, tokens, logprobs, float(logprobs.sum()), score, ended_by)
 
 
 def generate(
@@ -96,9 +107,8 @@ def generate(
     Raises:
       InputError: a setting out of range, or more tokens than the model can embed.
     """
-    config = settings_of(settings)
     alone = isinstance(prompt, str)
-    found = generations(model, params, tokenizer, [prompt] if alone else prompt, config, draft=draft)
+    found = generations(model, params, tokenizer, [prompt] if alone else prompt, draft=draft, **settings)
     texts = [[generation.text for generation in row] for row in found]
     return texts[0] if alone else texts
 
@@ -113,7 +123,8 @@ def stream(model: gpt2.Model, params: Any, tokenizer: Tokenizer, prompt: str = "
     if config.num > 1 or config.beams > 1:
         field = "num" if config.num > 1 else "beams"
         raise InputError(field, getattr(config, field), "a stream is one continuation, written as it is found", "Set it to 1")
-    return _stream(loop.Decoding(model, params, [encode(tokenizer, prompt)], config, tokenizer.eot_id), tokenizer, config)
+    ids = [encode(tokenizer, prompt) for prompt in listed([prompt])]
+    return _stream(loop.Decoding(model, params, ids, config, tokenizer.eot_id), tokenizer, config)
 
 
 def _stream(decoding: loop.Decoding, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
@@ -135,9 +146,32 @@ def _stream(decoding: loop.Decoding, tokenizer: Tokenizer, config: SampleConfig)
         decoding.advance(decoding.n + 1)
 
 
+def listed(prompts: Sequence[str]) -> Sequence[str]:
+    """The prompts, which are a list of texts.
+
+    Raises:
+      InputError: they are something else; one text alone would be read letter by letter.
+    """
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("prompt", reprlib.repr(prompts), "not a list of texts", "Give a list of str; generate and stream take one str too")
+    return prompts
+
+
 def encode(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, "_"]:
     """The ids of a prompt; of an empty one the end of text, after which a document begins."""
     return tokenizer.encode(prompt) if prompt else np.array([tokenizer.eot_id], np.int32)
+
+
+def stopped(tokenizer: Tokenizer, tokens: Int[np.ndarray, "_"], stops: Sequence[str]) -> tuple[int, str] | None:
+    """(the number of tokens with which a first stop string is whole, the text before it); None where there is none."""
+    if find_stop(tokenizer.decode(tokens), stops) < 0:
+        return None
+    pieces, text = tokenizer.pieces(), ""
+    for n, token in enumerate(tokens, 1):
+        text += pieces.push(token)
+        if (at := find_stop(text, stops)) >= 0:
+            return n, text[:at]
+    return None  # a stop string that begins with U+FFFD, which half a character looks like
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int:

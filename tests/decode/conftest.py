@@ -1,9 +1,14 @@
 """A small model whose text varies, and its parameters."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import pytest
 
-from mlm_jax.config import ModelConfig
+from mlm_jax import sharding
+from mlm_jax.config import MeshConfig, ModelConfig, override
 from mlm_jax.model import gpt2
 
 CONFIG = ModelConfig(vocab_size=257, context_len=64, n_layers=2, n_heads=2, d_model=32, d_ff=64)
@@ -19,3 +24,21 @@ def params(model: gpt2.GPT2) -> gpt2.Params:
     """Far from their initialisation, so that the next token is no foregone conclusion and depends on all that came before."""
     fresh = gpt2.init(model, jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+
+@pytest.fixture(scope="session")
+def padded() -> Callable[[gpt2.GPT2, gpt2.Params], Any]:
+    """A function: the same model with its vocabulary padded to a multiple of 128, and its parameters."""
+
+    def pad(model: gpt2.GPT2, params: gpt2.Params) -> tuple[gpt2.GPT2, gpt2.Params]:
+        wide = gpt2.GPT2(override(model.config, {"vocab_multiple": 128}))
+        rows = wide.config.padded_vocab_size - model.config.vocab_size
+        return wide, params | {"w_token_VD": jnp.pad(params["w_token_VD"], ((0, rows), (0, 0)))}
+
+    return pad
+
+
+@pytest.fixture(scope="session")
+def mesh() -> jax.sharding.Mesh:
+    """Every axis twice, over eight devices."""
+    return sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlm_jax import huggingface
+from mlm_jax import huggingface, sharding
 from mlm_jax.config import InputError, ModelConfig, SampleConfig
 from mlm_jax.decode.beam import beam_search
 from mlm_jax.model import gpt2
@@ -33,8 +33,29 @@ def test_a_beam_wide_enough_finds_the_best_of_all_continuations(small_params):
             scores[text] = sum(logprobs_TV[1 + i, token] for i, token in enumerate(text)) / length**0.7
     best = sorted(scores, key=lambda text: -scores[text])[:4]
     (found,) = beam_search(SMALL, small_params, [prompt], SampleConfig(beams=200, num=4, max_tokens=n, length_penalty=0.7), eot)
-    assert [tokens.tolist() for tokens, _ in found] == [[t for t in text if t != eot] for text in best]
-    np.testing.assert_allclose([score for _, score in found], [scores[text] for text in best], atol=1e-4)
+    assert [tokens.tolist() for tokens, _, _ in found] == [[t for t in text if t != eot] for text in best]
+    np.testing.assert_allclose([score for _, _, score in found], [scores[text] for text in best], atol=1e-4)
+    np.testing.assert_allclose([p.sum() for _, p, _ in found], [scores[text] * len(text) ** 0.7 for text in best], atol=1e-4)
+
+
+def test_log_probabilities_of_beams_are_those_of_the_full_forward_whatever_the_penalties(model, params):
+    (found,) = beam_search(model, params, [[1, 2, 3]], SampleConfig(beams=4, num=4, max_tokens=10, repetition_penalty=1.8, banned=(7,)), 256)
+    for tokens, logprobs, score in found:
+        text = np.array([1, 2, 3, *tokens, *[256] * (len(logprobs) - len(tokens))], np.int32)
+        full_TV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, text[None])[0]))
+        np.testing.assert_allclose(logprobs, full_TV[np.arange(2, len(text) - 1), text[3:]], atol=1e-4)
+        assert score <= logprobs.sum() / len(logprobs) + 1e-4  # the penalty is in the score alone
+
+
+def test_beams_on_a_mesh_are_those_of_one_device(model, params, padded, mesh):
+    model, params = padded(model, params)
+    prompts, config = [[1, 2, 3], [7], list(range(40, 61)), [9, 8, 7, 6, 5]], SampleConfig(beams=3, num=2, max_tokens=12)
+    alone = beam_search(model, params, prompts, config, 256)
+    with jax.sharding.set_mesh(mesh):
+        shared = beam_search(model, jax.device_put(params, sharding.shardings(mesh, params)), prompts, config, 256)
+    for one, other in zip(alone, shared, strict=True):
+        assert [tokens.tolist() for tokens, _, _ in one] == [tokens.tolist() for tokens, _, _ in other]
+        np.testing.assert_allclose([s for _, _, s in one], [s for _, _, s in other], atol=1e-4)
 
 
 def test_prompts_of_different_lengths_in_one_batch_give_what_each_gives_alone(model, params):
@@ -42,13 +63,18 @@ def test_prompts_of_different_lengths_in_one_batch_give_what_each_gives_alone(mo
     together = beam_search(model, params, prompts, config, 256)
     for prompt, found in zip(prompts, together, strict=True):
         (alone,) = beam_search(model, params, [prompt], config, 256)
-        assert [tokens.tolist() for tokens, _ in found] == [tokens.tolist() for tokens, _ in alone]
-        np.testing.assert_allclose([s for _, s in found], [s for _, s in alone], atol=1e-4)
+        assert [tokens.tolist() for tokens, _, _ in found] == [tokens.tolist() for tokens, _, _ in alone]
+        np.testing.assert_allclose([s for _, _, s in found], [s for _, _, s in alone], atol=1e-4)
 
 
 def test_what_the_context_cannot_hold_is_refused(model, params):
     with pytest.raises(InputError, match="max_tokens = 62"):
         beam_search(model, params, [[1, 2, 3]], SampleConfig(beams=2, max_tokens=62), 256)
+
+
+def test_parameters_that_are_no_numbers_are_refused(model, params):
+    with pytest.raises(InputError, match=r"^params: the logits"):
+        beam_search(model, jax.tree.map(lambda x: x * np.nan, params), [[1]], SampleConfig(beams=2, max_tokens=4), 256)
 
 
 @pytest.mark.parity
@@ -98,7 +124,7 @@ def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(tmp_path, 
             )
         rows = [row[len(prompt) :].tolist() for row in out.sequences]
         rows = [row[: row.index(eot)] if eot in row else row for row in rows]
-        assert [tokens.tolist() for tokens, _ in ours] == rows
-        np.testing.assert_allclose([score for _, score in ours], out.sequences_scores.numpy(), atol=1e-4)
+        assert [tokens.tolist() for tokens, _, _ in ours] == rows
+        np.testing.assert_allclose([score for _, _, score in ours], out.sequences_scores.numpy(), atol=1e-4)
         ended += sum(len(row) < 16 for row in rows)
     assert ended > 0  # the end of text was met, or the rules about it were not tried

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlm_jax import sharding
-from mlm_jax.config import InputError, MeshConfig, SampleConfig, override
+from mlm_jax.config import InputError, MeshConfig, ModelConfig, SampleConfig, override
 from mlm_jax.decode import loop
 from mlm_jax.model import gpt2
 
@@ -117,7 +117,8 @@ def test_generation_on_a_mesh_equals_that_on_one_device(model, changes):
         ([[1, 2, 3]], {"max_tokens": 62}, r"max_tokens = 62: with 3 prompt tokens more than model\.context_len = 64\. Ask for at most 61"),
         ([[1] * 64], {}, "Shorten the prompt to fewer than 64 tokens"),
         ([[1, 300]], {}, "prompt = token 300: outside the model's vocabulary of 257"),
-        ([[1]], {"banned": (300,)}, "token 300: outside the model's vocabulary of 257"),
+        ([[1]], {"banned": (3, 300)}, "^banned = token 300: outside the model's vocabulary of 257. Give ids below 257"),
+        ([[1]], {"forced": (257,)}, "^forced = token 257: outside the model's vocabulary of 257. Give ids below 257"),
         ([[1], []], {}, "prompt: holds no token"),
         ([], {}, "prompt: holds no token"),
     ],
@@ -125,3 +126,54 @@ def test_generation_on_a_mesh_equals_that_on_one_device(model, changes):
 def test_what_cannot_be_generated_is_refused(model, params, prompts, settings, message):
     with pytest.raises(InputError, match=message):
         run(model, params, prompts, **settings)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 128}])
+def test_parameters_that_are_no_numbers_are_refused(model, changes, value):
+    model = gpt2.GPT2(override(model.config, changes))
+    healthy = gpt2.init(model, jax.random.key(0))
+    assert len(run(model, healthy, [[1, 2, 3]], max_tokens=3, eot_id=-1)[0]) == 3
+    sick = jax.tree_util.tree_map_with_path(lambda path, x: x.at[0].set(value) if "norm_f" in str(path) else x, healthy)
+    with pytest.raises(InputError, match=r"^params: the logits that the model computes with them are not finite\. Use a checkpoint from before"):
+        run(model, sick, [[1, 2, 3]], max_tokens=3, eot_id=-1)
+
+
+def kept() -> list[int]:
+    """Identities of the leaves whose unstacked copies are kept."""
+    return [id(ref()) for refs, _, _ in loop._flat for ref in refs]
+
+
+def test_edited_parameters_are_never_taken_for_those_before_the_edit(params):
+    fresh, first = jax.tree.map(lambda x: x + 0, params), None
+    for i in range(50):
+        blocks = fresh["blocks"]
+        edited = fresh | {"blocks": blocks | {"mlp": blocks["mlp"] | {"w_up_DF": jnp.full_like(blocks["mlp"]["w_up_DF"], i)}}}
+        assert float(loop.flat(edited)["block_0"]["mlp"]["w_up_DF"].max()) == i
+        first = first or id(jax.tree.leaves(edited)[0])
+        assert kept().count(first) == 1  # every edit shares the first leaf: copies of those that are gone are gone
+        del edited
+        assert first not in kept()
+
+
+def test_an_array_that_is_written_into_is_read_again(params):
+    mine = jax.tree.map(np.array, params)
+    loop.flat(mine)
+    mine["blocks"]["mlp"]["w_up_DF"][:] = 7
+    assert float(loop.flat(mine)["block_1"]["mlp"]["w_up_DF"].min()) == 7
+
+
+def test_two_trees_are_kept_and_no_more(params):
+    trees = [jax.tree.map(lambda x: x + 0, params) for _ in range(3)]
+    a, b = loop.flat(trees[0]), loop.flat(trees[1])
+    assert loop.flat(trees[0]) is a and loop.flat(trees[1]) is b and loop.flat(trees[0]) is a
+    loop.flat(trees[2])
+    assert len(loop._flat) == 2 and loop.flat(trees[0]) is a and loop.flat(trees[1]) is not b
+
+
+def test_the_readmes_fifty_prompts_compile_five_prefills_and_three_loops():
+    model = gpt2.GPT2(ModelConfig(vocab_size=11, context_len=128, n_layers=1, n_heads=1, d_model=8, d_ff=16))
+    params, before = gpt2.init(model, jax.random.key(0)), (loop.prefill._cache_size(), loop.advance._cache_size())
+    for length in range(1, 51):
+        assert len(run(model, params, [[1] * length], max_tokens=32, eot_id=-1)[0]) == 32
+    assert (loop.prefill._cache_size() - before[0], loop.advance._cache_size() - before[1]) == (5, 3)

@@ -91,6 +91,8 @@ def test_banned_forced_and_ending_tokens():
         {"stop": ("",)},
         {"overflow": "wrap"},
         {"seed": -1},
+        {"seed": 2**32},
+        {"seed": 99999999999999999999},
         {"length_penalty": float("nan")},
     ],
 )
@@ -106,8 +108,21 @@ def test_a_setting_out_of_range_is_refused_by_name(setting):
         ({"beams": 2, "num": 3}, "num = 3: more than beams = 2"),
         ({"beams": 2, "overflow": "window"}, "overflow = window: beam search does not slide"),
         ({"temperature": 0.0, "num": 2}, "num = 2: greedy continuations of a prompt are all the same"),
+        ({"banned": (5, 3, 4), "forced": (4, 9, 3)}, r"^forced = \[3, 4\]: banned too. Take them out of banned or of forced\.$"),
+        ({"beams": 2, "stop": ("a",)}, "^stop = .* ends none at a text. Set beams to 1"),
+        ({"beams": 2, "temperature": 0.7}, r"^temperature = 0\.7: beam search draws nothing\. Leave it at 1\.0\.$"),
+        ({"beams": 2, "top_k": 3}, "^top_k = 3: beam search draws nothing. Leave it at 0"),
+        ({"beams": 2, "top_p": 0.5}, "^top_p = 0.5: beam search draws nothing. Leave it at 1.0"),
+        ({"beams": 2, "min_p": 0.5}, "^min_p = 0.5: beam search draws nothing. Leave it at 0.0"),
+        ({"length_penalty": 0.8}, "^length_penalty = 0.8: only beam search has a use for it. Leave it at 1.0"),
+        ({"early_stopping": True}, "^early_stopping = True: only beam search has a use for it. Leave it at False"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         SampleConfig(**settings)
+
+
+def test_the_largest_seed_draws_otherwise_than_the_first():
+    largest, first = (jax.random.key_data(jax.random.key(SampleConfig(seed=seed).seed)).tolist() for seed in (2**32 - 1, 0))
+    assert largest != first

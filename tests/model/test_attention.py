@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,22 @@ def test_cudnn_lowers_for_a_gpu_that_is_not_there(monkeypatch, K):
     for call in ("@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("):
         (line,) = [line for line in text.splitlines() if call in line]
         assert "CAUSAL" in line and "fmha_scale\\22: 0.3" in line
+
+
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="needs an NVIDIA GPU")
+def test_cudnn_stays_within_two_units_of_its_precision_of_float32_on_a_gpu():
+    code = f"import runpy; runpy.run_path({__file__!r})['compare_cudnn']()"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"} | {"JAX_PLATFORMS": "cuda"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+def compare_cudnn() -> None:
+    """Raises AssertionError where cuDNN, on the GPU at hand, is further from the reference than bfloat16 explains."""
+    for how in ({}, {"K": 2}, {"causal": False}, {"T": 1024, "K": 1}):
+        arrays, visibility = case(dtype="bfloat16", H=64, **how)
+        exact = outputs_and_gradients("reference", [x.astype(jnp.float32) for x in arrays], visibility)
+        for ours, true in zip(outputs_and_gradients("cudnn", arrays, visibility), exact, strict=True):
+            assert jnp.square(ours - true).mean() < (2 * jnp.finfo(jnp.bfloat16).eps) ** 2 * jnp.square(true).mean(), how
 
 
 AHEAD_OF_TIME = """
