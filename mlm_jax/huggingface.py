@@ -182,8 +182,8 @@ class Source:
         head, biases = "tied" if c.tied_head else "separate", "biases" if c.biases else "no biases"
         return f"{c.n_layers} layers, {c.n_heads} heads, {c.activation}, {biases}, {head} head; projections are {layout}"
 
-    def params(self, place: jax.sharding.Mesh | jax.Device | None = None) -> dict[str, Any]:
-        """Our parameters, float32, stacked over layers: NumPy arrays, or on a mesh, each process reading just its parts, or on a device.
+    def params(self, place: jax.sharding.Mesh | jax.sharding.Sharding | None = None) -> dict[str, Any]:
+        """Our parameters, float32, stacked over layers: NumPy arrays, or laid out, each process reading just its parts.
 
         Raises:
           InputError: a number is NaN or infinite, or the mesh does not divide a parameter.
@@ -193,7 +193,7 @@ class Source:
         if isinstance(place, jax.sharding.Mesh):
             layouts = _flatten(sharding.shardings(place, _tree({path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in shapes})))
         elif place is not None:
-            layouts = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(place))
+            layouts = dict.fromkeys(shapes, place)
 
         def read(path: str) -> Any:
             return self._laid_out(path, shapes[path], layouts[path]) if layouts else self._part(path, tuple(map(slice, shapes[path])))

@@ -243,11 +243,15 @@ def load(
     """
     if not _is_run(reference):
         source, tokens = _open_others(str(reference), settings, tokenizer)
-        return Loaded(gpt2.GPT2(source.config), source.params(mesh or jax.local_devices()[0]), tokens)
+        return Loaded(gpt2.GPT2(source.config), source.params(mesh or _first_device()), tokens)
     if settings or tokenizer:
         raise InputError("MODEL", str(reference), "a run, which has a configuration and a tokenizer of its own", "Leave out settings and tokenizer")
     model = _rebuild(reference, trust_code) if build is None else build(read_config(_run_and_step(reference)[0]).model)
-    return _restore(reference, model, mesh or jax.local_devices()[0])
+    return _restore(reference, model, mesh or _first_device())
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _rebuild(reference: str | Path, trust_code: bool) -> gpt2.Model:
@@ -257,8 +261,8 @@ def _rebuild(reference: str | Path, trust_code: bool) -> gpt2.Model:
     return experiment.rebuild(recorded, read_config(folder).model, folder, trust_code=trust_code)
 
 
-def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh | jax.Device | None) -> Loaded:
-    """A run's model with the parameters of its checkpoint: on a mesh or a device, or as NumPy arrays."""
+def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh | jax.sharding.Sharding | None) -> Loaded:
+    """A run's model with the parameters of its checkpoint: laid out, or as NumPy arrays."""
     folder, step = _run_and_step(reference)
     steps = checkpoint.steps_in(folder / "checkpoints")
     if not steps or (step is not None and step not in steps):
@@ -268,8 +272,7 @@ def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh 
     if place is None:
         abstract = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
     else:
-        one = None if isinstance(place, jax.sharding.Mesh) else jax.sharding.SingleDeviceSharding(place)
-        shardings = jax.tree.map(lambda _: one, shapes) if one else sharding.shardings(place, shapes)
+        shardings = sharding.shardings(place, shapes) if isinstance(place, jax.sharding.Mesh) else jax.tree.map(lambda _: place, shapes)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     params, _ = checkpoint.restore(folder / "checkpoints" / str(steps[-1] if step is None else step), abstract)
     return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))

@@ -84,5 +84,5 @@ def test_every_experiment_file_builds_its_model_and_says_how_it_is_run(name):
     loaded = experiment.load(str(path)).with_changes({"model.vocab_size": 50_257})
     assert loaded.config.name == path.stem
     params = jax.eval_shape(lambda: gpt2.init(loaded.build(loaded.config.model), jax.random.key(0)))
-    assert params["w_token_VD"].shape == (50_257, loaded.config.model.d_model)
+    assert params["w_token_VD"].shape == (loaded.config.model.padded_vocab_size, loaded.config.model.d_model)
     assert f"Run      mlm-jax run experiments/{name}" in path.read_text("utf-8").split('"""')[1]
