@@ -32,16 +32,40 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.verb not in (import_, export):  # these touch each of many large arrays once
         keep_freed_memory()
+    status = 1
+    try:
+        status = _execute(args)
+    finally:
+        if status and _several(args):
+            from mlm_jax import distributed
+
+            distributed.leave(status)
+    return status
+
+
+def _several(args: argparse.Namespace) -> bool:
+    """This is one of several processes."""
+    return getattr(args, "distributed", False) or any(getattr(args, name, None) is not None for name in ("coordinator", "processes", "process"))
+
+
+def _execute(args: argparse.Namespace) -> int:
+    """Does what the arguments ask for; returns the exit status, or raises where they ask for the traceback."""
     from mlm_jax.config import InputError
 
     try:
-        if getattr(args, "distributed", False):
-            import jax
+        leads, stdout = True, sys.stdout
+        if _several(args):
+            from mlm_jax import distributed
 
-            jax.distributed.initialize()
+            if args.distributed and (args.coordinator, args.processes, args.process) != (None, None, None):
+                raise InputError("--distributed", "", "detects what --coordinator, --processes and --process say", "Leave it out, or them")
+            timeout = distributed.TIMEOUT_S if args.join_timeout is None else args.join_timeout
+            distributed.start(args.coordinator, args.processes, args.process, timeout=timeout)
+            leads, stdout = distributed.leads(), os.fdopen(os.dup(1), "w")
+            os.dup2(2, 1)  # gloo greets its peers on stdout
         result = args.verb(args)
-        if args.json:
-            print(json.dumps(result))
+        if args.json and leads:
+            print(json.dumps(result), file=stdout, flush=True)
         return 0
     except InputError as e:
         if args.traceback:
@@ -95,7 +119,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("experiment", metavar="EXPERIMENT", help="a file (experiments/tiny.py) or a module (experiments.tiny)")
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
-        sub.add_argument("--distributed", action="store_true", help="join the other processes of this run (a TPU pod or Slurm is detected)")
+        sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
+        sub.add_argument("--coordinator", metavar="HOST:PORT", help="where neither does: an address and a free port of process 0, with")
+        sub.add_argument("--processes", type=int, metavar="N", help="how many processes there are, and")
+        sub.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 to N - 1")
+        sub.add_argument("--join-timeout", type=float, metavar="SECONDS", help="how long to wait for the others (default 300)")
 
     sub = verb("evaluate", evaluate, "measure a model's loss on its run's validation split, or on a text")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -179,11 +207,14 @@ def _load(args: argparse.Namespace, reference: str) -> "Loaded":
 
 
 def _run(args: argparse.Namespace) -> Any:
-    from mlm_jax import experiment, runs
+    from mlm_jax import distributed, experiment, runs
     from mlm_jax.config import parse_set
 
-    loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
-    return runs.Run(loaded, args.out or Path("runs") / loaded.config.name)
+    def load() -> Any:
+        loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
+        return runs.Run(loaded, args.out or Path("runs") / loaded.config.name)
+
+    return distributed.together(load)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

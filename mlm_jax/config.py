@@ -19,6 +19,14 @@ POSITIONS = ("learned", "rotary", "none")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu2", "swiglu")
 ATTENTIONS = ("auto", "reference", "xla", "cudnn", "splash", "flash")
+REMATS = ("none", "full", "dots", "attention", "offload")
+OPTIMIZERS = {  # name -> the fields of OptimConfig that it reads and not all do
+    "adamw": ("b1", "b2", "eps"),
+    "adafactor": (),
+    "lion": ("b1", "b2"),
+    "muon": ("b1", "b2", "eps", "muon_momentum"),
+}
+SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 SEEDS = 2**32  # as many as jax.random.key tells apart without 64-bit types: beyond it drops the higher bits
 
 
@@ -113,6 +121,9 @@ class ModelConfig:
     compute_dtype: str = "float32"  # of activations and matrix products; parameters, softmax, norms and logits stay float32
     attention: str = "auto"  # the implementation; auto takes the fastest that this machine, dtype and shape allow
     unroll_layers: bool = False  # True: a faster step for few layers, and a longer compilation for many
+    # What the backward pass computes again to save memory (Chen et al. 2016). Of each block are kept: none: all, nothing is computed again; full:
+    # its input alone; dots: also the products with weights; attention: also the outputs of attention; offload: the same, in the host's memory.
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
@@ -124,6 +135,7 @@ class ModelConfig:
         one_of("model.norm", self.norm, NORMS)
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.attention", self.attention, ATTENTIONS)
+        one_of("model.remat", self.remat, REMATS)
         narrower = self.d_model // self.n_heads
         _check(
             self.d_model % self.n_heads == 0,
@@ -189,21 +201,55 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay over `train.steps`."""
+    """The step and its schedule: by default AdamW with linear warm-up and cosine decay over `train.steps`."""
 
-    peak_lr: float = 6e-4
-    end_lr: float = 6e-5
+    peak_lr: float = 6e-4  # lion: 3 to 10 times less than adamw; adafactor: relative to each parameter's size, 1e-2 in its paper
+    end_lr: float = 6e-5  # where cosine, linear and wsd end
     warmup_steps: int = 700
     weight_decay: float = 0.1  # on weights of two or more axes; biases, gains and nothing else go without
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # adamw, and muon's for what is no hidden matrix: of the mean gradient; lion: of the step
+    b2: float = 0.95  # the same: of the mean square; lion: of the mean gradient
+    eps: float = 1e-8  # the same: what Adam adds to the root of the mean square
     clip_norm: float = 1.0  # the largest global gradient norm; 0: no clipping
+    # adamw (Loshchilov & Hutter 2019), adafactor (Shazeer & Stern 2018: memory of rows and columns), lion (Chen et al. 2023: one moment),
+    # muon (Jordan et al. 2024, scaled as in Liu et al. 2025: hidden matrices are orthogonalised, all else is adamw; its lr and decay serve both)
+    name: str = "adamw"
+    muon_momentum: float = 0.95  # of hidden matrices
+    moment_dtype: str = "float32"  # what the optimizer's state is held in between steps; bfloat16 is half the memory, rounded at every step
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, wsd (Hu et al. 2024), inverse_sqrt (Vaswani et al. 2017), constant
+    decay_fraction: float = 0.2  # of wsd: the last part of the steps, in which peak_lr falls to end_lr (Hägele et al. 2024, section 3: 0.2)
+    ema_decay: float = 0.0  # of the average of the weights that is evaluated beside them (Polyak & Juditsky 1992), per step; 0: none
 
     def __post_init__(self) -> None:
         _check_types(self, "optim.")
         _at_least(self, "optim", peak_lr=0, end_lr=0, warmup_steps=0, weight_decay=0, eps=0, clip_norm=0)
-        _fraction(self, "optim", "b1", "b2")
+        _fraction(self, "optim", "b1", "b2", "muon_momentum", "ema_decay")
+        one_of("optim.name", self.name, OPTIMIZERS)
+        one_of("optim.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        one_of("optim.schedule", self.schedule, SCHEDULES)
+        _check(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "not a part", "Give a value above 0, at most 1")
+        read = OPTIMIZERS[self.name]
+        unread = [(field, f"{self.name} has no use for it") for field in OPTIMIZERS["muon"] if field not in read]
+        unread += [("decay_fraction", f"the schedule is {self.schedule}")] * (self.schedule != "wsd")
+        for field, reason in unread:
+            value, default = getattr(self, field), getattr(OptimConfig, field)
+            _check(value == default, f"optim.{field}", value, reason, f"Leave it at {default}")
+        if self.moment_dtype == "bfloat16":
+            reason = "adafactor forgets ever more slowly, and after 1,000 steps a mean in 8 binary digits would never fall"
+            _check(self.name != "adafactor", "optim.moment_dtype", self.moment_dtype, reason, "Leave it at float32: its state is small")
+            reason = "each step would change a mean in 8 binary digits by less than half of the last: it would never fall"
+            for field in set(read) - {"eps"} - ({"b1"} if self.name == "lion" else set()):  # lion's b1 is of no state
+                value, remedy = getattr(self, field), "Give at most 0.996, or set optim.moment_dtype=float32"
+                _check(1 - value > 2**-8, f"optim.{field}", value, reason, remedy)
+
+    def decay_steps(self, steps: int) -> int:
+        """The steps at the end of `steps` in which wsd decays."""
+        return max(round(self.decay_fraction * steps), 1)
+
+    def check_width(self, width_multiplier: float) -> None:
+        """Raises InputError where muP would change the step of an optimizer for which it is not defined here."""
+        reason = f"muP's rule for a model {width_multiplier:g} times as wide as its base is defined here for adamw alone"
+        _check(self.name == "adamw" or width_multiplier == 1, "optim.name", self.name, reason, "Set optim.name=adamw or model.mup_base_width=0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,10 +263,26 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest that stay on disk
     seed: int = 0
+    loss_chunks: int = 1  # the logits are made for this many parts of T, one after the other, and again in the backward pass: never B x T x V
+    z_loss: float = 0.0  # adds this times the square of log sum exp(logits) (de Brebisson & Vincent 2016; PaLM, section 5: 1e-4)
+    micro_batches: int = 1  # parts of the batch whose gradients are added up before a step: less memory, the same step
+    skip_sigmas: float = 6.0  # a step whose loss or gradient norm is so many deviations above the last 128 is skipped; 0: only where not finite
+    max_skips: int = 20  # steps skipped in a row after which the run ends
+    debug: bool = False  # waits for every step, and says which array of which layer was the first that was not finite
+    label_smoothing: float = 0.0  # the share of the target that all of the vocabulary shares evenly (Szegedy et al. 2016, section 7)
 
     def __post_init__(self) -> None:
         _check_types(self, "train.")
         _at_least(self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, seed=0)
+        _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, skip_sigmas=0, max_skips=1)
+        _check(
+            self.batch_size % self.micro_batches == 0,
+            "train.micro_batches",
+            self.micro_batches,
+            f"does not divide train.batch_size = {self.batch_size}",
+            f"Choose from: {', '.join(str(n) for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0)}",
+        )
+        _fraction(self, "train", "label_smoothing")
         _check(self.seed < SEEDS, "train.seed", self.seed, "more than a random key holds", f"Give a seed below {SEEDS}")
 
 
@@ -228,9 +290,11 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; at most one is -1: all that remain."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the parameters, each with its own rows of the batch; outside of fsdp (hybrid sharding)
+    fsdp: int = 1  # parts of D in parameters and moments, gathered for use; the batch is split too (Rajbhandari et al. 2020, stage 3)
+    tensor: int = 1  # parts of heads, F and V (Shoeybi et al. 2019)
+    context: int = 1  # parts of T: each device has its queries, keys and values are gathered (Dubey et al. 2024, section 3.3.2)
+    slices: int = 1  # TPU slices joined by a data-centre network: copies of all the axes above, each with its own rows of the batch
 
     def __post_init__(self) -> None:
         _check_types(self, "mesh.")
@@ -371,6 +435,14 @@ class Config:
             f"longer than the run, train.steps = {self.train.steps}",
             "Warm up for fewer steps or train for more",
         )
+        _check(
+            self.optim.schedule != "wsd" or self.optim.warmup_steps + self.optim.decay_steps(self.train.steps) <= self.train.steps,
+            "optim.decay_fraction",
+            self.optim.decay_fraction,
+            f"its {self.optim.decay_steps(self.train.steps)} steps begin before the end of optim.warmup_steps = {self.optim.warmup_steps}",
+            "Decay or warm up for fewer of train.steps, or train for more",
+        )
+        self.optim.check_width(self.model.width_multiplier)
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:

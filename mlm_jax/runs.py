@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlm_jax import checkpoint, evaluate, experiment, huggingface, report, sharding
+from mlm_jax import checkpoint, distributed, evaluate, experiment, huggingface, report, sharding
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
@@ -78,11 +78,8 @@ class Run:
 
     def check_devices(self) -> None:
         """Raises InputError where the devices at hand cannot share the work as the configuration says."""
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch_size = self.config.train.batch_size
-        if batch_size % rows:
-            reason = f"not a multiple of the {rows} devices along data and fsdp"
-            raise InputError("train.batch_size", batch_size, reason, "Choose a multiple, or another mesh")
+        c = self.config.train
+        sharding.check_batch(self.mesh, c.batch_size, self.config.model.context_len, c.micro_batches)
 
     def prepare(self) -> token_shards.Manifest:
         """Text to token shards; then the run's own files: configuration, provenance, tokenizer. Returns the manifest of the shards.
@@ -92,12 +89,8 @@ class Run:
         """
         new_folder, new_tokens = not self.folder.exists(), not self.tokens.exists()
         try:
-            if self.leads:
-                token_shards.prepare(self.config.data, self.tokens)
-            barrier("prepare")
-            manifest = token_shards.read_manifest(self.tokens)
-            tokenizer = Tokenizer.load(self.tokens / "tokenizer")
-            self._check_text(manifest, tokenizer)
+            distributed.together(lambda: token_shards.prepare(self.config.data, self.tokens) if self.leads else None)
+            manifest, tokenizer = distributed.together(self._read_tokens)
         except InputError:
             if self.leads:  # else the mended input would meet the shards of the bad one
                 if new_tokens and not self.config.data.tokens:
@@ -118,8 +111,10 @@ class Run:
         barrier("configuration")
         return manifest
 
-    def _check_text(self, manifest: token_shards.Manifest, tokenizer: Tokenizer) -> None:
-        """Raises InputError where these tokens, or the prompt of the samples, do not fit the model."""
+    def _read_tokens(self) -> tuple[token_shards.Manifest, Tokenizer]:
+        """The manifest and the tokenizer. Raises InputError where the tokens, or the prompt of the samples, do not fit the model."""
+        manifest = token_shards.read_manifest(self.tokens)
+        tokenizer = Tokenizer.load(self.tokens / "tokenizer")
         vocab_size, T = self.config.model.vocab_size, self.config.model.context_len
         if 0 < vocab_size < manifest.vocab_size:
             reason = f"smaller than the tokenizer's {manifest.vocab_size}"
@@ -131,6 +126,7 @@ class Run:
         if c.overflow == "refuse" and n_prompt + c.max_tokens > T:
             remedy = f"Ask for at most {T - n_prompt}" if n_prompt < T else "Shorten sample.prompt"
             raise InputError("sample.max_tokens", c.max_tokens, f"with {n_prompt} prompt tokens more than model.context_len = {T}", remedy)
+        return manifest, tokenizer
 
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions, machine."""

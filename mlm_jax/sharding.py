@@ -5,35 +5,100 @@ annotated. The role is the name's prefix: w_ weight, b_ bias, scale_ gain.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm_jax.config import InputError, MeshConfig
 
+AXES = {"slice": "slices", "data": "data", "fsdp": "fsdp", "tensor": "tensor", "context": "context"}  # mesh axis -> field of MeshConfig
+
 # letter -> mesh axes; letters that are not here are on every device. An axis is used once per array: the leftmost letter wins.
-RULES: dict[str, tuple[str, ...]] = {"B": ("data", "fsdp"), "D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+# D is split within a slice and a row of `data` alone (hybrid sharding). T is that of activations: parameters have all positions.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("slice", "data", "fsdp"),
+    "T": ("context",),
+    "D": ("fsdp",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all), with axes data, fsdp and tensor.
+    """The mesh of `config` over `devices` (default: all), with axes slice, data, fsdp, tensor and context; only slice and data leave a TPU slice.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or slices is not the number of TPU slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})  # a CPU has no such number
+    sizes = {axis: getattr(config, field) for axis, field in AXES.items()}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     if math.prod(shape.values()) != len(devices) or 0 in shape.values():
-        asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise InputError("mesh", asked, f"does not fill {len(devices)} devices", "Set one axis to -1, it takes the devices that remain")
+        fitting = ", ".join(nearest(sizes, len(devices)))
+        raise InputError("mesh", _words(sizes), f"does not fill {len(devices)} devices", f"Nearest that fit: {fitting}")
+    if n_slices > 1 and shape["slice"] != n_slices and devices[0].platform == "tpu":
+        raise InputError("mesh.slices", shape["slice"], f"the devices are in {n_slices} slices", f"Set mesh.slices = {n_slices}")
     # Auto: the compiler propagates shardings. The default of jax.make_mesh, Explicit, would make `constrain` an assertion.
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    auto = (AxisType.Auto,) * len(shape)
+    if shape["slice"] == n_slices > 1:
+        inside, outside = (1, *list(shape.values())[1:]), (n_slices, *(1,) * (len(shape) - 1))
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, outside, devices), tuple(shape), axis_types=auto)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
+
+
+def nearest(sizes: dict[str, int], n: int, at_most: int = 3) -> list[str]:
+    """The meshes of `n` devices that are nearest to `sizes`, in words: those that split along no axis that was not asked for come first."""
+
+    def factors(n: int, axes: int) -> Iterator[tuple[int, ...]]:
+        """Every `axes` numbers whose product is `n`."""
+        if axes == 1:
+            yield (n,)
+            return
+        for first in (size for size in range(1, n + 1) if n % size == 0):
+            for rest in factors(n // first, axes - 1):
+                yield first, *rest
+
+    def distance(found: tuple[int, ...]) -> tuple[Any, ...]:
+        asked = [(got, size) for got, size in zip(found, sizes.values(), strict=True) if size != -1]
+        return sum(got > 1 == size for got, size in asked), sum(abs(got - size) for got, size in asked), [-got for got in found]
+
+    meshes = [dict(zip(sizes, found, strict=True)) for found in sorted(factors(n, len(sizes)), key=distance)]
+    machines = [mesh for mesh in meshes if mesh["slice"] == 1 or sizes["slice"] != 1]  # what splits into slices is the machine, no choice
+    return [_words(mesh) for mesh in machines[:at_most]]
+
+
+def _words(sizes: dict[str, int]) -> str:
+    """Sizes as in "data 4 x tensor 2"; axes of one device are left out."""
+    return " x ".join(f"{AXES[axis]} {size}" for axis, size in sizes.items() if size != 1) or "data 1"
+
+
+def _hybrid(mesh: Mesh | AbstractMesh, axis: str, fit: int) -> str:
+    """The settings of `mesh` with `fit` devices along `axis` and the others along data: "mesh.fsdp = 64 and mesh.data = 4"."""
+    return f"mesh.{AXES[axis]} = {fit} and mesh.data = {mesh.shape['data'] * mesh.shape[axis] // fit}"
+
+
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, context_len: int, micro_batches: int = 1) -> None:
+    """Raises InputError where `mesh` cannot share out `micro_batches` parts of `batch_size` rows of `context_len` positions evenly."""
+    rows, parts = (math.prod(mesh.shape[axis] for axis in RULES[letter]) for letter in "BT")
+    if batch_size % (rows * micro_batches):
+        each = rows * micro_batches
+        near = " or ".join(str(n * each) for n in (batch_size // each, batch_size // each + 1) if n)
+        reason = f"not a multiple of the {rows} devices along slices, data and fsdp"
+        reason += f" times train.micro_batches = {micro_batches}" if micro_batches > 1 else ""
+        raise InputError("train.batch_size", batch_size, reason, f"Set it to {near}, or have {math.gcd(batch_size, rows)} along them")
+    if context_len % parts:
+        fit = math.gcd(context_len, parts)
+        reason = f"{parts} parts do not divide model.context_len = {context_len}, {fit} would"
+        raise InputError("mesh.context", parts, reason, f"Set {_hybrid(mesh, 'context', fit)}")
 
 
 def mesh_axes(letters: str) -> list[tuple[str, ...]]:
@@ -56,11 +121,11 @@ def axes_of(name: str) -> str:
     return name.rsplit("_", 1)[-1]
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
     return next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """NamedShardings for parameters, or for any tree that repeats their names (optimizer moments); scalars are on every device.
 
     Raises:
@@ -71,39 +136,55 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     def of(path: tuple, leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
-        letters = axes_of(_name(path))
+        letters = axes_of(name_of(path))
         letters = "L" * (leaf.ndim == len(letters) + 1) + letters  # blocks are stacked over layers
         if len(letters) != leaf.ndim:
             raise ValueError(f"{jax.tree_util.keystr(path)}: the name says {len(letters)} axes ({letters}), the shape is {leaf.shape}.")
+        letters = letters.replace("T", ".")  # a device looks up whatever positions its tokens have
         for letter, size, axes in zip(letters, leaf.shape, mesh_axes(letters), strict=True):
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if size % parts:
-                reason = f"{parts} parts do not divide axis {letter} = {size} of {_name(path)}"
-                raise InputError(f"mesh.{axes[-1]}", mesh.shape[axes[-1]], reason, f"Choose a divisor of {size}")
+            for axis in axes:
+                if size % mesh.shape[axis]:
+                    raise _indivisible(mesh, axis, letter, size, name_of(path))
         return NamedSharding(mesh, spec(letters))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def _indivisible(mesh: Mesh | AbstractMesh, axis: str, letter: str, size: int, name: str) -> InputError:
+    """What to do where `axis` of the mesh does not divide axis `letter` of a parameter: to replicate it silently could be too much memory."""
+    parts = mesh.shape[axis]
+    fit = math.gcd(size, parts)
+    remedy = f"Set {_hybrid(mesh, axis, fit)} (hybrid sharding)" if axis == "fsdp" else f"Set {_hybrid(mesh, axis, fit)}"
+    if letter == "V":
+        remedy += f", or model.vocab_multiple to a multiple of {parts}"
+    return InputError(f"mesh.{AXES[axis]}", parts, f"{parts} parts do not divide axis {letter} = {size} of {name}, {fit} would", remedy)
+
+
 def is_decayed(params: Any) -> Any:
     """True where weight decay applies, by name: weights (w_) decay, biases (b_) and gains (scale_) do not."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path).startswith("w_"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: name_of(path).startswith("w_"), params)
 
 
 def is_hidden(params: Any) -> Any:
     """True for the weights (w_) between activations, by name: all but embeddings, positions and the head, which have a letter V or T."""
 
     def of(path: tuple, _: Any) -> bool:
-        name = _name(path)
+        name = name_of(path)
         return name.startswith("w_") and not set("VT") & set(axes_of(name))
 
     return jax.tree_util.tree_map_with_path(of, params)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x`, laid out over the mesh in use as `letters` say; unchanged where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x`, laid out over the mesh in use as `letters` say; unchanged where no mesh is set.
+
+    Positions that the context axis does not divide, such as the one of a decoding step, are whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
+    if "T" in letters and x.shape[letters.index("T")] % mesh.shape["context"]:
+        letters = letters.replace("T", ".")
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 

@@ -127,7 +127,7 @@ NEW_RUN = {
         ["--set", "train.batch_size=6"],
         "train.batch_size = 6: not a multiple of the 8 devices",
     ),
-    "a mesh that does not fit": (lambda d: None, ["--set", "mesh.data=3"], "mesh = data 3 x fsdp 1 x tensor 1: does not fill 8 devices"),
+    "a mesh that does not fit": (lambda d: None, ["--set", "mesh.data=3"], "mesh = data 3: does not fill 8 devices"),
     "missing experiment": (lambda d: (d / "tiny_test.py").unlink(), [], "tiny_test.py: no such file"),
     "an experiment that does not run": (lambda d: (d / "tiny_test.py").write_text("def ("), [], "tiny_test: does not run (SyntaxError"),
     "an experiment without CONFIG": (lambda d: (d / "tiny_test.py").write_text(""), [], "tiny_test: defines no CONFIG"),

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from the layers above its own and from its own layer, never from one below; "data" stands for the whole folder.
 LAYERS = (
-    ("config", "sharding"),
+    ("config", "distributed", "sharding"),
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "experiment", "huggingface", "metrics", "weights"),
-    ("train", "decode", "evaluate"),
+    ("train", "guard", "decode", "evaluate"),
     ("plan", "ablate", "report", "doctor", "runs"),
     ("cli", "__init__", "__main__"),
 )

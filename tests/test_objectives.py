@@ -1,10 +1,18 @@
 """What is predicted, and at what cost."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
-from mlm_jax import objectives
+from mlm_jax import objectives, sharding
+from mlm_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig, override
+from mlm_jax.model import gpt2
+from mlm_jax.train import init_state, make_train_step
 
 
 def test_each_target_is_the_token_after_its_input():
@@ -29,3 +37,136 @@ def test_the_mean_leaves_out_what_does_not_count():
     mean = objectives.weighted_mean(jnp.array([[1.0, 2.0, 30.0]]), jnp.array([[1.0, 1.0, 0.0]]))
     assert float(mean) == 1.5
     assert float(objectives.weighted_mean(jnp.ones((1, 2)), jnp.zeros((1, 2)))) == 0
+
+
+@pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1), (0.01, 0.1)])
+def test_z_loss_and_label_smoothing_are_those_of_a_hand_computation_and_leave_padding_out(z_loss, label_smoothing):
+    settings = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+    real = np.random.default_rng(0).normal(size=(2, 3, 7)) * 3
+    targets = np.array([[0, 3, 6], [1, 1, 2]])
+    log_z = np.log(np.exp(real).sum(-1, keepdims=True))
+    share = (1 - label_smoothing) * np.eye(7)[targets] + label_smoothing / 7
+    expected = -(share * (real - log_z)).sum(-1) + z_loss * log_z[..., 0] ** 2
+    gradient = np.exp(real - log_z) * (1 + 2 * z_loss * log_z) - share
+
+    padded = jnp.pad(jnp.float32(real), ((0, 0), (0, 0), (0, 3)), constant_values=-jnp.inf)
+    got = objectives.losses(padded, jnp.asarray(targets), **settings)
+    np.testing.assert_allclose(got.objective_BT, expected, rtol=1e-5)
+    np.testing.assert_allclose(got.nats_BT, -np.take_along_axis(real - log_z, targets[..., None], -1)[..., 0], rtol=1e-5)
+    grad = jax.grad(lambda x: objectives.losses(x, jnp.asarray(targets), **settings).objective_BT.sum())(padded)
+    np.testing.assert_allclose(grad[..., :7], gradient, atol=1e-6)
+    assert (grad[..., 7:] == 0).all()
+
+
+MODEL = ModelConfig(vocab_size=61, vocab_multiple=16, context_len=16, n_layers=1, n_heads=2, d_model=16, d_ff=16)
+BOTH = TrainConfig(z_loss=0.01, label_smoothing=0.1)
+
+
+def tokens(B: int, T: int, V: int = 61) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (B, T + 1), 0, V)
+
+
+@functools.cache  # two tests need the plain one
+def step_of(model: gpt2.GPT2, config: TrainConfig):
+    """A jitted (params, tokens_BW, weights_BT) -> ((objective, losses), gradients)."""
+
+    def loss(params, tokens_BW, weights_BT):
+        examples = objectives.causal(tokens_BW)
+        got = objectives.model_losses(model, params, examples, config)
+        return objectives.weighted_mean(got.objective_BT, weights_BT), got
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def close(got, expected, relative):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        if "b_k_KH" not in jax.tree_util.keystr(path):  # its true gradient is zero
+            np.testing.assert_allclose(x, y, atol=relative * float(jnp.abs(y).max()), rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_head": False, "logit_softcap": 3.0, "mup_base_width": 8}])
+def test_chunks_change_neither_the_losses_nor_their_gradient(changes):
+    model = gpt2.GPT2(override(MODEL, changes))
+    inputs = gpt2.init(model, jax.random.key(0)), tokens(4, 16), jnp.linspace(0, 1, 64).reshape(4, 16)
+    expected = step_of(model, BOTH)(*inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
+    close(step_of(model, override(BOTH, {"loss_chunks": 4}))(*inputs), expected, 2e-6)
+
+
+def test_eight_chunks_need_less_memory_than_the_logits():
+    config = override(MODEL, {"vocab_size": 4000, "vocab_multiple": 128, "context_len": 64})
+    model = gpt2.GPT2(config)
+    params, tokens_BW = jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0))), tokens(8, 64)
+    temp = {
+        chunks: step_of(model, TrainConfig(loss_chunks=chunks))
+        .lower(params, tokens_BW, jnp.ones((8, 64)))
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for chunks in (1, 8)
+    }
+    logits = 8 * 64 * config.padded_vocab_size * 4
+    print(f"logits {logits:,} bytes; temporary memory with 1 chunk {temp[1]:,}, with 8 {temp[8]:,}")
+    assert temp[8] < logits < temp[1]
+
+
+def collectives(hlo: str) -> list[tuple[bool, str, int]]:
+    """(in the body of a loop, kind, largest number of elements) of each collective in compiled HLO."""
+    bodies, found, inside = set(re.findall(r"body=%?([\w.\-]+)", hlo)), [], ""
+    for line in hlo.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            inside = start[1]
+        if op := re.search(r" = (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(", line):
+            sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in re.findall(r"\[([\d,]*)\]", op[1])]
+            found.append((inside in bodies, op[2], max(sizes)))
+    return found
+
+
+MESHES = [{"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_eight_devices_sum_the_gradient_of_the_table_once_and_get_what_one_gets(sizes):
+    V, D, (B, T) = 256, 32, (8, 16)
+    keys = jax.random.split(jax.random.key(0))
+    w_VD, x_BTD, targets_BT = jax.random.normal(keys[0], (V, D)), jax.random.normal(keys[1], (B, T, D)), tokens(B, T - 1)
+
+    def loss(w_VD, x_BTD, targets_BT, chunks=4):
+        head = lambda w, x: jnp.einsum("BTD,VD->BTV", x, w)  # noqa: E731
+        if chunks == 1:
+            got = objectives.losses(head(w_VD, x_BTD), targets_BT, z_loss=0.01, label_smoothing=0.1)
+        else:
+            got = objectives.chunked_losses(head, w_VD, x_BTD, targets_BT, chunks=chunks, z_loss=0.01, label_smoothing=0.1)
+        return got.objective_BT.mean(), got
+
+    expected = jax.jit(jax.value_and_grad(lambda *a: loss(*a, chunks=1), (0, 1), has_aux=True))(w_VD, x_BTD, targets_BT)
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    with jax.sharding.set_mesh(mesh):
+        put = lambda x, letters: jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.spec(letters)))  # noqa: E731
+        inputs = put(w_VD, "VD"), put(x_BTD, "BT."), put(targets_BT, "BT")
+        layout = jax.tree.map(lambda x: x.sharding, inputs[:2])
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), out_shardings=(None, layout)).lower(*inputs).compile()
+        got = compiled(*inputs)
+    close(got, expected, 2e-6)
+    found = collectives(compiled.as_text())
+    table = V * D // sizes.get("tensor", 1) // 8  # a part of its gradient, as reduce-scatter leaves it
+    in_loop = [op for op in found if op[0]]
+    assert in_loop == [] if "tensor" not in sizes else all(size < table for _, _, size in in_loop), in_loop
+    assert any(size >= table for inside, _, size in found if not inside), "the table is gathered and its gradient summed outside of the loop"
+
+
+def test_chunks_that_do_not_divide_the_positions_are_refused():
+    with pytest.raises(InputError) as refused:
+        objectives.chunked_losses(lambda w, x: x @ w.T, jnp.ones((5, 2)), jnp.ones((1, 16, 2)), tokens(1, 15), chunks=3)
+    assert str(refused.value) == "train.loss_chunks = 3: does not divide the 16 positions of a device. Choose from: 1, 2, 4, 8, 16."
+
+
+def test_training_reports_the_cross_entropy_whatever_it_makes_small():
+    model, tx = gpt2.GPT2(MODEL), optax.sgd(0.1)
+    state = jax.jit(lambda: init_state(model, tx, 0))()
+    (_, losses), gradient = step_of(model, BOTH)(state.params, tokens(4, 16), jnp.ones((4, 16)))
+    _, measured = jax.jit(make_train_step(model, tx, BOTH))(state, tokens(4, 16))
+    assert (
+        float(measured["loss"]) == pytest.approx(float(losses.nats_BT.mean()), rel=1e-6) != pytest.approx(float(losses.objective_BT.mean()), rel=1e-2)
+    )
+    assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)

@@ -326,6 +326,7 @@ def check_equal(a, b):
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
     settings = ["--set", "train.steps=240", "--set", "train.save_every=40", "--set", "train.eval_every=120", "--set", "model.dropout=0.1"]
     argv = ["train", str(tiny_experiment), *settings, "--out"]

@@ -1,5 +1,7 @@
 """Names decide where arrays live, and where they live changes no result."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mlm_jax import optim, sharding
-from mlm_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig
+from mlm_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, override
+from mlm_jax.decode import loop
 from mlm_jax.model import gpt2
 from mlm_jax.train import init_state, make_train_step
 
-CONFIG = ModelConfig(vocab_size=64, context_len=16, n_layers=2, n_heads=4, d_model=32, d_ff=64)
+CONFIG = ModelConfig(vocab_size=64, context_len=16, n_layers=2, n_heads=8, d_model=32, d_ff=64)
 
 
-def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 5):
+def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 10):
     """(losses, final parameters) of a few training steps on a mesh."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
     # eps: Adam divides a gradient near zero by its own size, and would show the order of summation as if it were a difference.
@@ -23,7 +26,7 @@ def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 5):
     with jax.sharding.set_mesh(mesh):
         shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
         state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-        step = jax.jit(make_train_step(model, tx, 0), out_shardings=(shardings, None))
+        step = jax.jit(make_train_step(model, tx, TrainConfig()), out_shardings=(shardings, None))
         losses = []
         rows = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
         for _ in range(steps):
@@ -37,9 +40,20 @@ def one_device():
     return curve(MeshConfig(), 1)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+AXES = ("data", "fsdp", "tensor", "context", "slices")
+EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+SLICED = [(2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
+SOME = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 2, 2), (1, 1, 1, 8), (1, 2, 1, 2, 2)]
+assert len(EVERY) == 20
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(s, marks=() if s in SOME else pytest.mark.slow) for s in EVERY + SLICED],
+    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in zip(AXES, sizes, strict=False) if size > 1),
+)
 def test_eight_devices_train_as_one_does(one_device, sizes):
-    losses, params = curve(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), 8)
+    losses, params = curve(MeshConfig(**dict(zip(AXES, sizes, strict=False))), 8)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     assert losses[0] > losses[-1]
     for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(one_device[1]), strict=True):
@@ -59,8 +73,63 @@ def test_parameters_and_moments_are_split_by_their_names():
 
 
 def test_an_axis_of_the_mesh_is_used_once_in_an_array():
-    assert sharding.spec("BTD") == P(("data", "fsdp"), None, None)
+    assert sharding.spec("BTD") == P(("slice", "data", "fsdp"), "context", None)
     assert sharding.spec("DF") == P("fsdp", "tensor") and sharding.spec("V.") == P("tensor", None)
+
+
+def test_positions_are_split_in_activations_and_whole_in_parameters():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=4))
+    assert sharding.shardings(mesh, {"w_position_TD": jax.ShapeDtypeStruct((16, 32), jnp.float32)})["w_position_TD"].spec == P(None, "fsdp")
+    with jax.sharding.set_mesh(mesh):
+        apply = jax.jit(lambda x: sharding.constrain(2 * x, "BTD"))
+        whole = {T: apply(jnp.ones((2, T, 32))) for T in (16, 1)}
+    assert {shard.data.shape for shard in whole[16].addressable_shards} == {(1, 4, 32)}
+    assert {shard.data.shape for shard in whole[1].addressable_shards} == {(1, 1, 32)}  # a decoding step
+
+
+def test_parameters_are_copied_over_data_and_slices_and_split_over_fsdp():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, slices=2))
+    placed = jax.device_put(np.arange(32.0), sharding.shardings(mesh, {"b_D": np.zeros(32)})["b_D"])
+    parts = [(shard.device.id % 2, tuple(np.asarray(shard.data)[[0, -1]])) for shard in placed.addressable_shards]
+    assert set(parts) == {(0, (0, 15)), (1, (16, 31))} and len(parts) == 8  # neighbours share a copy
+
+
+class Chip:
+    """A device of a TPU slice that is not there."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "stand-in", 0, 0
+
+    def __init__(self, id: int) -> None:
+        self.id, self.slice_index, self.coords = id, id % 2, (id // 2 % 2, id // 4, 0)
+
+
+def test_only_the_slice_axis_crosses_from_one_slice_to_another():
+    chips = [Chip(i) for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, slices=2), chips)
+    assert mesh.axis_names == ("slice", "data", "fsdp", "tensor", "context") and mesh.devices.shape == (2, 1, 2, 2, 1)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match=r"mesh\.slices = 1: the devices are in 2 slices\. Set mesh\.slices = 2"):
+        sharding.make_mesh(MeshConfig(), chips)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"position": "rotary", "n_kv_heads": 1, "qk_norm": True}, marks=pytest.mark.slow)], ids=["gpt2", "shared_keys"]
+)
+def test_generation_with_split_positions_equals_that_on_one_device(changes):
+    model = gpt2.GPT2(override(CONFIG, {"context_len": 32, **changes}))
+    params = jax.tree.map(lambda x: 5 * x, gpt2.init(model, jax.random.key(0)))
+    prompts, settings = [[1, 2, 3], [4] * 17], SampleConfig(max_tokens=12, num=2)
+
+    def run(params):
+        decoding = loop.Decoding(model, params, prompts, settings, eot_id=-1)
+        decoding.advance(12)
+        return [tokens.tolist() for tokens, _ in decoding.rows()]
+
+    mesh = sharding.make_mesh(MeshConfig(data=2, context=4))
+    alone = run(params)
+    with jax.sharding.set_mesh(mesh):
+        assert run(jax.device_put(params, sharding.shardings(mesh, params))) == alone
 
 
 def test_each_device_is_given_its_own_rows_alone():
@@ -87,14 +156,56 @@ def test_a_misnamed_parameter_is_found(name, shape):
         assert sharding.shardings(mesh, tree)[name].spec == P()
 
 
-def test_a_mesh_that_does_not_fill_the_devices_is_refused():
-    with pytest.raises(InputError, match=r"mesh = data 3 x fsdp 1 x tensor 1: does not fill 8 devices\. Set one axis to -1"):
-        sharding.make_mesh(MeshConfig(data=3))
-    with pytest.raises(InputError, match="does not fill 8 devices"):
-        sharding.make_mesh(MeshConfig(fsdp=16))
+@pytest.mark.parametrize(
+    "asked, shown, fitting",
+    [
+        ({"tensor": 3}, "data -1 x tensor 3", "data 4 x tensor 2, data 2 x tensor 4, data 8"),
+        ({"data": 3}, "data 3", "data 8, data 4 x fsdp 2, data 4 x tensor 2"),
+        ({"fsdp": 16}, "data -1 x fsdp 16", "fsdp 8, data 2 x fsdp 4, data 4 x fsdp 2"),
+        ({"data": 2, "context": 3, "slices": 2}, "slices 2 x data 2 x context 3", "slices 2 x data 2 x context 2"),
+    ],
+)
+def test_a_mesh_that_does_not_fill_the_devices_is_refused_with_the_nearest_that_do(asked, shown, fitting):
+    with pytest.raises(InputError) as refused:
+        sharding.make_mesh(MeshConfig(**asked))
+    assert str(refused.value).startswith(f"mesh = {shown}: does not fill 8 devices. Nearest that fit: {fitting}")
+    for offered in refused.value.remedy.removeprefix("Nearest that fit: ").split(", "):
+        assert (
+            sharding.make_mesh(MeshConfig(**{"data": 1} | {field: int(n) for field, n in (part.split() for part in offered.split(" x "))})).size == 8
+        )
 
 
-def test_a_mesh_that_does_not_divide_an_axis_is_refused_by_its_letter():
-    mesh = sharding.make_mesh(MeshConfig(data=1, tensor=8))
-    with pytest.raises(InputError, match=r"mesh\.tensor = 8: 8 parts do not divide axis K = 4 of b_k_KH\. Choose a divisor of 4"):
-        sharding.shardings(mesh, jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(CONFIG), jax.random.key(0))))
+def fake_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
+    return jax.sharding.AbstractMesh(tuple({"slice": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1, **sizes}.values()), tuple(sharding.AXES))
+
+
+def test_a_mesh_that_does_not_divide_an_axis_is_refused_by_its_letter_with_what_does():
+    with pytest.raises(InputError) as refused:  # GPT-2 XL on 256 chips
+        sharding.shardings(fake_mesh(fsdp=256), {"w_up_DF": jax.ShapeDtypeStruct((1600, 6400), jnp.float32)})
+    assert str(refused.value) == (
+        "mesh.fsdp = 256: 256 parts do not divide axis D = 1600 of w_up_DF, 64 would. Set mesh.fsdp = 64 and mesh.data = 4 (hybrid sharding)."
+    )
+    sharding.shardings(fake_mesh(data=4, fsdp=64), {"w_up_DF": jax.ShapeDtypeStruct((1600, 6400), jnp.float32)})
+    model = gpt2.GPT2(override(CONFIG, {"n_heads": 4}))
+    with pytest.raises(
+        InputError, match=r"mesh\.tensor = 8: 8 parts do not divide axis K = 4 of b_k_KH, 4 would\. Set mesh\.tensor = 4 and mesh\.data = 2\."
+    ):
+        sharding.shardings(fake_mesh(tensor=8), jax.eval_shape(lambda: gpt2.init(model, jax.random.key(0))))
+    with pytest.raises(InputError, match=r"axis V = 50257 of w_token_VD, 1 would\. .* or model\.vocab_multiple to a multiple of 8"):
+        sharding.shardings(fake_mesh(tensor=8), {"w_token_VD": jax.ShapeDtypeStruct((50257, 32), jnp.float32)})
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_what_it_does():
+    sharding.check_batch(fake_mesh(slice=2, data=2, fsdp=2, tensor=8, context=4), 16, 16)
+    with pytest.raises(InputError) as refused:
+        sharding.check_batch(fake_mesh(slice=2, data=2, fsdp=2), 12, 16)
+    assert str(refused.value) == (
+        "train.batch_size = 12: not a multiple of the 8 devices along slices, data and fsdp. Set it to 8 or 16, or have 4 along them."
+    )
+    with pytest.raises(InputError, match=r"Set it to 8, or have 2 along them"):
+        sharding.check_batch(fake_mesh(fsdp=8), 6, 16)
+    with pytest.raises(InputError, match=r"train\.batch_size = 8: not a multiple of the 8 devices .* times train\.micro_batches = 2\. Set it to 16"):
+        sharding.check_batch(fake_mesh(fsdp=8), 8, 16, micro_batches=2)
+    with pytest.raises(InputError) as refused:
+        sharding.check_batch(fake_mesh(data=2, context=8), 16, 12)
+    assert str(refused.value) == ("mesh.context = 8: 8 parts do not divide model.context_len = 12, 4 would. Set mesh.context = 4 and mesh.data = 4.")

@@ -88,6 +88,7 @@ def test_the_newest_checkpoints_are_kept(undisturbed):
     assert checkpoint.steps_in(undisturbed[2] / "checkpoints") == [8, 10]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(undisturbed, tokens, tmp_path):
     _, rows = run(override(CONFIG, {"train.seed": 1, "train.steps": 3}), tokens, tmp_path)
     assert rows[0]["loss"] != undisturbed[1][0]["loss"]

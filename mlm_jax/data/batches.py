@@ -31,16 +31,23 @@ class Batches:
     def rows(self, step: int, start: int, stop: int) -> Int[np.ndarray, "B W"]:
         """Rows `start` up to, not including, `stop` of the batch of `step`: what one host feeds its devices."""
         batch = np.empty((stop - start, self.context_len + 1), np.int32)
+        for row, first in enumerate(self.starts(step, start, stop)):
+            batch[row] = self._tokens.read(first, self.context_len + 1)
+        return batch
+
+    def starts(self, step: int, start: int, stop: int) -> list[int]:
+        """Where these rows begin: tokens from the start of the split, which is read as a circle."""
+        out = []
         first = step * self.batch_size + start
         epoch, (order_seed, shift) = -1, (0, 0)
-        for row in range(len(batch)):
+        for row in range(stop - start):
             row_epoch, position = divmod(first + row, self.windows_per_epoch)
             if row_epoch != epoch:
                 epoch, (order_seed, shift) = row_epoch, self._draw(row_epoch)
             # Not MapDataset.shuffle, which calls this function with seed + epoch: seed 1 would begin where seed 0 has its second epoch.
             window = index_shuffle(position, max_index=self.windows_per_epoch - 1, seed=order_seed, rounds=4)
-            batch[row] = self._tokens.read(shift + window * self.context_len, self.context_len + 1)
-        return batch
+            out.append(shift + window * self.context_len)
+        return out
 
     def _draw(self, epoch: int) -> tuple[int, int]:
         """The seed of the epoch's order, and the shift of its grid of windows in [0, T)."""

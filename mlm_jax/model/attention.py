@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from mlm_jax.config import InputError
-from mlm_jax.sharding import mesh_axes, spec
+from mlm_jax.sharding import constrain, mesh_axes, spec
 
 LANES = 128  # width of a TPU's vector unit: its kernels work on blocks of a multiple of it
 MAX_BLOCK = 1024  # the splash kernel at this size leaves least to do around it, of 128 to 1024
@@ -76,6 +76,8 @@ def attention(
         implementation = next(name for name in ("splash", "cudnn", "reference") if not obstacle(name, q_BNTH, k_BKSH, visibility, dropped))
     if refusal := obstacle(implementation, q_BNTH, k_BKSH, visibility, dropped):
         raise InputError("model.attention", implementation, *refusal)
+    if positions_split():
+        q_BNTH, k_BKSH, v_BKSH, visibility = gather_keys(q_BNTH, k_BKSH, v_BKSH, visibility)
     if implementation in ("xla", "cudnn"):
         return from_jax(q_BNTH, k_BKSH, v_BKSH, visibility, scale=scale, implementation=implementation)
     if implementation in ("splash", "flash"):
@@ -98,6 +100,8 @@ def obstacle(implementation: str, q_BNTH: Array, k_BKSH: Array, visibility: Visi
         return f"it runs on {'an NVIDIA GPU' if implementation == 'cudnn' else 'a TPU'}, this is a {platform.upper()}", f"Set {auto}"
     if T != S:
         return f"it compares positions with themselves, here are {T} queries and {S} keys", f"Set {auto}"
+    if (parts := positions_split()) > 1:
+        return f"it needs all positions on one device, the mesh splits them in {parts}", f"Set mesh.context = 1, or {auto}"
     if implementation == "cudnn":
         widest = 256 if capability >= 9 else 128
         if capability < 8:
@@ -152,6 +156,30 @@ def mesh_in_use() -> jax.sharding.AbstractMesh | None:
     """The mesh over which arrays are split; None without one, and within a shard_map, where each device sees its own part."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def positions_split() -> int:
+    """How many parts the mesh in use makes of the positions; 0 where it leaves them whole."""
+    mesh = mesh_in_use()
+    return 0 if mesh is None or mesh.shape.get("context", 1) == 1 else mesh.shape["context"]
+
+
+def gather_keys(
+    q_BNTH: Float[Array, "B N T H"], k_BKSH: Float[Array, "B K S H"], v_BKSH: Float[Array, "B K S H"], visibility: Visibility
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"], Visibility]:
+    """The same, laid out for context parallelism: each device has its part of the queries, and gathers the keys and values of all positions.
+
+    Scores are then split as the queries are. The mask counts positions from the start of the text, whichever part a device has. All
+    scores are computed, also those that the mask hides, so that every part is the same work.
+
+    Source: Dubey et al. 2024, section 3.3.2.
+    """
+    if visibility.start is None:  # so that it is they, not what they are computed from, that are gathered
+        k_BKSH, v_BKSH = constrain(k_BKSH, "BKT."), constrain(v_BKSH, "BKT.")
+    if visibility.segments is not None:
+        q_segments_BT, k_segments_BS = visibility.segments
+        visibility = dataclasses.replace(visibility, q_segments_BT=constrain(q_segments_BT, "BT"), k_segments_BS=constrain(k_segments_BS, "BS"))
+    return constrain(q_BNTH, "BNT."), constrain(k_BKSH, "BKS."), constrain(v_BKSH, "BKS."), visibility
 
 
 def on_each_device(

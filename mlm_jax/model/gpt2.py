@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mlm_jax.config import InputError, ModelConfig
@@ -104,6 +105,7 @@ class Attention(nn.Module):
             dropout=c.dropout,
             dropout_key=self.make_rng("dropout") if context.train and c.dropout else None,
         )
+        mixed_BNTH = checkpoint_name(mixed_BNTH, "attention")  # what two policies of `remat` keep
         return plus(einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD), b_out_D)
 
     def bias(self, name: str, shape: tuple[int, ...]) -> Array | None:
@@ -184,17 +186,18 @@ class GPT2(nn.Module):
         cache_len: int = 0,
         only_last: bool = False,
         train: bool = False,
-    ) -> Float[Array, "B _ V"]:
+        hidden_only: bool = False,
+    ) -> Float[Array, "B _ V"] | Float[Array, "B _ D"]:
         """Logits, float32, of the token after each position, or `only_last` after the last; the last V - vocab_size, of padding, are -inf.
 
         A token sees those before it in its own segment. Positions count from 0 unless given. `train=True` turns dropout on and needs
-        rngs={"dropout": key}.
+        rngs={"dropout": key}. `hidden_only` gives x_BTD, what `head` makes the logits from, in their place.
 
         For generation `cache_len` makes a "cache" collection for that many positions (apply with mutable=["cache"]), and `start` is how
         many it holds already in a call that continues one. The first `padding_B` positions of a row are padding, which nothing sees.
 
         Raises:
-          InputError: more positions than the model can embed.
+          InputError: more positions than the model can embed, or no host memory for `remat` to offload to.
         """
         c, T, tokens_BT = self.config, tokens_BT.shape[1], jnp.asarray(tokens_BT)
         if c.context_len < T:
@@ -223,8 +226,9 @@ class GPT2(nn.Module):
 
         context = Context(tokens_BT, x_BTD, positions_BT, visibility, cache_len=cache_len, train=train)
         if self.stacked:
+            call = remat(c, lambda block, x, context: block(x, context))
             scan = nn.scan(
-                lambda block, x, context: (block(x, context), None),
+                lambda block, x, context: (call(block, x, context), None),
                 variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
@@ -236,9 +240,19 @@ class GPT2(nn.Module):
             for layer in range(c.n_layers):
                 x_BTD = self.block(c, name=f"block_{layer}")(x_BTD, context)
         x_BTD = Norm(c, name="norm_f")(x_BTD[:, -1:] if only_last else x_BTD)
-        w_head_VD = w_token_VD if c.tied_head else self.param("w_head_VD", embedding_init(c), w_token_VD.shape)
-        logits_BTV = einsum("BTD,VD->BTV", x_BTD, w_head_VD, dtype=jnp.float32)
-        return constrain(self.finish(logits_BTV), "BTV")
+        if not c.tied_head:
+            self.param("w_head_VD", embedding_init(c), w_token_VD.shape)
+        return x_BTD if hidden_only else constrain(self.head(x_BTD), "BTV")
+
+    @property
+    def head_name(self) -> str:
+        """The name of the parameter that `head` reads, the only one."""
+        return "w_token_VD" if self.config.tied_head else "w_head_VD"
+
+    def head(self, x_BTD: Float[Array, "B _ D"]) -> Float[Array, "B _ V"]:
+        """The logits, float32, of what the last norm gives."""
+        w_head_VD: Any = self.get_variable("params", self.head_name)
+        return self.finish(einsum("BTD,VD->BTV", x_BTD, w_head_VD, dtype=jnp.float32))
 
     def finish(self, logits_BTV: Float[Array, "B _ V"]) -> Float[Array, "B _ V"]:
         """The logits scaled for muP, capped and with the padding of the vocabulary out of reach, where the configuration asks for it."""
@@ -255,6 +269,39 @@ class GPT2(nn.Module):
         """S of the cache in use; 0 without one."""
         leaves = jax.tree.leaves(self.variables.get("cache", {}))
         return leaves[0].shape[-2] if leaves else 0
+
+
+def remat(config: ModelConfig, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, a function of a block and its arguments, that keeps for the backward pass what `config.remat` says and computes the rest anew.
+
+    Raises:
+      InputError: the device has no pinned host memory to offload to.
+
+    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost.
+    """
+    if config.remat == "none":
+        return call
+    policies = jax.checkpoint_policies
+    if config.remat == "offload":
+        device = jax.local_devices()[0]
+        if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+            remedy = "Set model.remat = attention, which keeps the same on the device"
+            raise InputError("model.remat", "offload", f"{device.device_kind} has no pinned_host memory", remedy)
+        offloaded = {"offload_src": "device", "offload_dst": "pinned_host"}
+        policy = policies.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=["attention"], **offloaded)
+    else:
+        policy = {
+            "full": policies.nothing_saveable,
+            # Products with weights have no batch axes, those of queries, keys and values have: scores and probabilities, which grow as T S, go.
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "attention": policies.save_only_these_names("attention"),
+        }[config.remat]
+    # Within a loop the compiler cannot merge the second computation with the first; where the loop is unrolled it would, and keep all,
+    # as XLA does on a CPU in any case.
+    return nn.remat(call, policy=policy, prevent_cse=config.unroll_layers)
+
+
+intercept = nn.intercept_methods  # sees every call of a part of the model; flax is imported in this folder alone
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float) -> Float[Array, "B T N H"]:

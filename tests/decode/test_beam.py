@@ -47,6 +47,7 @@ def test_log_probabilities_of_beams_are_those_of_the_full_forward_whatever_the_p
         assert score <= logprobs.sum() / len(logprobs) + 1e-4  # the penalty is in the score alone
 
 
+@pytest.mark.slow
 def test_beams_on_a_mesh_are_those_of_one_device(model, params, padded, mesh):
     model, params = padded(model, params)
     prompts, config = [[1, 2, 3], [7], list(range(40, 61)), [9, 8, 7, 6, 5]], SampleConfig(beams=3, num=2, max_tokens=12)

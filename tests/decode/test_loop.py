@@ -83,6 +83,7 @@ def test_one_compiled_program_serves_prompts_of_many_lengths(model, params):
     assert after[0] - before[0] <= 1 and after[1] - before[1] <= 1  # 49 to 57 positions: one more bucket
 
 
+@pytest.mark.slow
 def test_past_the_context_length_a_row_goes_on_from_its_last_half(model, params):
     # By hand: greedy from what is visible; 64 positions seen predict one token more, then the last 32 are what is visible.
     prompt, visible, expected = [1, 2, 3], [1, 2, 3], []
@@ -95,6 +96,7 @@ def test_past_the_context_length_a_row_goes_on_from_its_last_half(model, params)
     assert run(model, params, [prompt], temperature=0, max_tokens=150, overflow="window", eot_id=-1) == [expected]
 
 
+@pytest.mark.slow
 def test_sliding_is_the_same_whatever_the_batch(model, params):
     together = run(model, params, PROMPTS, max_tokens=100, overflow="window", eot_id=-1)
     assert [len(row) for row in together] == [100] * 4
@@ -171,6 +173,7 @@ def test_two_trees_are_kept_and_no_more(params):
     assert len(loop._flat) == 2 and loop.flat(trees[0]) is a and loop.flat(trees[1]) is not b
 
 
+@pytest.mark.slow
 def test_the_readmes_fifty_prompts_compile_five_prefills_and_three_loops():
     model = gpt2.GPT2(ModelConfig(vocab_size=11, context_len=128, n_layers=1, n_heads=1, d_model=8, d_ff=16))
     params, before = gpt2.init(model, jax.random.key(0)), (loop.prefill._cache_size(), loop.advance._cache_size())

@@ -58,6 +58,7 @@ def test_log_probabilities_are_the_models_own(model, params, draft_params, setti
         np.testing.assert_allclose(logprobs, full_TV[np.arange(2, len(text) - 1), text[3:]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draft_on_a_mesh_gives_the_text_of_one_device(model, params, padded, mesh):
     model, params = padded(model, params)
     draft = gpt2.GPT2(override(model.config, {"n_layers": 1}))

@@ -115,6 +115,7 @@ for call, prompt in ((generate, None), (generate, 5), (generate, b'x'), (generat
     assert answer.splitlines() == [f"prompt = {value}: {rest}" for value in values]
 
 
+@pytest.mark.slow
 def test_a_stream_on_a_mesh_is_that_of_one_device(model, params, padded, mesh):
     model, params = padded(model, params)
     with jax.sharding.set_mesh(mesh):

@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import itertools
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +20,7 @@ from mlm_jax.config import InputError, MeshConfig, ModelConfig, override
 from mlm_jax.model import gpt2
 from mlm_jax.model.attention import Visibility, attention, interpreted
 from mlm_jax.objectives import cross_entropy
-from mlm_jax.sharding import make_mesh
+from mlm_jax.sharding import make_mesh, spec
 
 FAST = ("xla", "splash", "flash")  # those that run on a CPU
 
@@ -152,6 +155,58 @@ def test_eight_devices_compute_what_one_does_each_on_its_rows_and_heads(implemen
         np.testing.assert_allclose(one, eight, rtol=0, atol=1e-6)
     if implementation != "xla":  # the compiler splits that as it likes
         assert {shard.data.shape for shard in together[0].addressable_shards} == {(1, 2, 128, 16)}
+
+
+def split_cases() -> list:
+    """(implementation, parts of the positions, case); a few that hold all of them are not slow."""
+    quick = [("auto", 2, 0), ("auto", 4, 2), ("auto", 8, 3), ("xla", 4, 2)]
+    cases = [{}, {"segmented": True}, {"segmented": True, "K": 2}, {"K": 1}, {"causal": False, "segmented": True, "K": 2}]
+    every = itertools.product(("auto", "xla"), (2, 4, 8), range(len(cases)))
+    return [pytest.param(*who, cases[i], marks=() if (*who, i) in quick else pytest.mark.slow) for *who, i in every]
+
+
+@pytest.mark.parametrize(("implementation", "context", "how"), split_cases())
+def test_split_positions_give_the_output_and_gradients_of_one_device(implementation, context, how):
+    arrays, visibility = case(B=4, T=64, **how)
+    with jax.set_mesh(make_mesh(MeshConfig(context=context))):
+        split = outputs_and_gradients(implementation, arrays, visibility)
+    for one, many in zip(references(B=4, T=64, **how), split, strict=True):
+        np.testing.assert_allclose(one, many, rtol=0, atol=1e-5)
+    assert {shard.data.shape[2] for shard in split[0].addressable_shards} == {64 // context}
+
+
+def test_split_positions_drop_the_same_probabilities_as_one_device():
+    (q, k, v, _), visibility = case(T=64)
+    apply = jax.jit(lambda *x: attention(*x, visibility, dropout=0.5, dropout_key=jax.random.key(3)))
+    alone = apply(q, k, v)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        np.testing.assert_allclose(apply(q, k, v), alone, atol=1e-6)
+
+
+def test_split_positions_gather_keys_and_values_and_no_device_has_the_scores_of_all_queries():
+    arrays, visibility = case(B=4, K=2, T=64, segmented=True)
+
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(lambda *x: attention(*x, visibility), q, k, v)
+        return out, *pull(cotangent)
+
+    mesh = make_mesh(MeshConfig(data=1, tensor=2, context=4))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, jax.NamedSharding(mesh, spec(axes))) for x, axes in zip(arrays, ("BNT.", "BKT.", "BKT.", "BNT."), strict=True)]
+        text = jax.jit(run).lower(*placed).compile().as_text()
+    assert re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text) == ["4,1,64,16"] * 2  # B K S H of the keys, and of the values
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", text)}
+    assert (4, 1, 2, 16, 64) in shapes  # B K G T S of the scores
+    assert max(map(math.prod, shapes)) == 4 * 2 * 16 * 64
+
+
+@pytest.mark.parametrize("implementation", ["splash", "flash"])
+def test_a_kernel_that_needs_all_positions_is_refused_where_they_are_split_and_not_taken_by_auto(implementation):
+    arrays, visibility = case(T=512)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))), interpreted():
+        with pytest.raises(InputError, match=r"it needs all positions on one device, the mesh splits them in 4\. Set mesh\.context = 1, or"):
+            attention(*arrays[:3], visibility, implementation=implementation)
+        jax.eval_shape(lambda q, k, v: attention(q, k, v, visibility), *arrays[:3])
 
 
 def test_within_a_shard_map_the_kernel_takes_the_part_that_it_is_given():

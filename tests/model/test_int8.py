@@ -75,6 +75,7 @@ def test_the_weights_of_124m_take_a_quarter_of_the_memory():
     assert {path[-1].key for path, leaf in kept if not isinstance(leaf, Int8) and path[-1].key.startswith("w_")} == {"w_position_TD"}
 
 
+@pytest.mark.slow
 def test_text_from_the_cache_is_that_of_whole_passes():
     model, params = model_and_params()
     rounded = int8(params)
@@ -86,6 +87,7 @@ def test_text_from_the_cache_is_that_of_whole_passes():
         np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_logits_of_one():
     model, params = model_and_params()
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, 256)
