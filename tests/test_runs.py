@@ -305,7 +305,7 @@ def last_step(folder):
 
 
 def arrays(folder):
-    """Parameters and optimizer's state of the last checkpoint, by name."""
+    """Parameters and progress of the last checkpoint."""
     config = from_json((folder / "config.json").read_text())
     from mlm_jax import optim, train
 
@@ -313,8 +313,7 @@ def arrays(folder):
     shapes = jax.eval_shape(lambda: train.init_state(model, optim.optimizer(config.optim, config.train.steps), 0))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
-    progress = {"step": wanted.step, "opt_state": wanted.opt_state}
-    return jax.tree.leaves(checkpoint.restore(folder / "checkpoints" / str(config.train.steps), wanted.params, progress))
+    return jax.tree.leaves(checkpoint.restore(folder / "checkpoints" / str(config.train.steps), wanted.params, train.progress(wanted)))
 
 
 def check_equal(a, b):
