@@ -119,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("experiment", metavar="EXPERIMENT", help="a file (experiments/tiny.py) or a module (experiments.tiny)")
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
+        if function is not prepare:
+            sub.add_argument("--profile", default="", metavar="FIRST:LAST", help="write a trace of these steps, both included, into profile/")
+            sub.add_argument("--wandb", default="", metavar="PROJECT", help="send the figures to Weights & Biases too")
         sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="where neither does: an address and a free port of process 0, with")
         sub.add_argument("--processes", type=int, metavar="N", help="how many processes there are, and")
@@ -221,7 +224,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
     made.check_devices()
     for stage in STAGES:
-        getattr(made, stage)()
+        getattr(made, stage)(**({"profile": args.profile, "wandb": args.wandb} if stage == "train" else {}))
     exported = ", hf/" if (made.folder / "hf").is_dir() else ""
     print(f"done: {made.folder} (report.html, samples.txt{exported})", file=sys.stderr)
     return {"run": str(made.folder), **made.evaluate()}
@@ -237,7 +240,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
     made.check_devices()
     made.prepare()
-    made.train()
+    made.train(profile=args.profile, wandb=args.wandb)
     return {"run": str(made.folder), "step": made.config.train.steps}
 
 

@@ -266,6 +266,8 @@ class TrainConfig:
     loss_chunks: int = 1  # the logits are made for this many parts of T, one after the other, and again in the backward pass: never B x T x V
     z_loss: float = 0.0  # adds this times the square of log sum exp(logits) (de Brebisson & Vincent 2016; PaLM, section 5: 1e-4)
     micro_batches: int = 1  # parts of the batch whose gradients are added up before a step: less memory, the same step
+    ramp_from: int = 0  # the batch size at the start, doubled at even intervals until it is batch_size (Smith et al. 2018, section 3); 0: no ramp
+    ramp_steps: int = 0  # the step from which the batch has its full size
     skip_sigmas: float = 6.0  # a step whose loss or gradient norm is so many deviations above the last 128 is skipped; 0: only where not finite
     max_skips: int = 20  # steps skipped in a row after which the run ends
     debug: bool = False  # waits for every step, and says which array of which layer was the first that was not finite
@@ -274,7 +276,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self, "train.")
         _at_least(self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, seed=0)
-        _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, skip_sigmas=0, max_skips=1)
+        _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, ramp_from=0, ramp_steps=0, skip_sigmas=0, max_skips=1)
         _check(
             self.batch_size % self.micro_batches == 0,
             "train.micro_batches",
@@ -282,8 +284,63 @@ class TrainConfig:
             f"does not divide train.batch_size = {self.batch_size}",
             f"Choose from: {', '.join(str(n) for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0)}",
         )
+        self._check_ramp()
         _fraction(self, "train", "label_smoothing")
         _check(self.seed < SEEDS, "train.seed", self.seed, "more than a random key holds", f"Give a seed below {SEEDS}")
+
+    def _check_ramp(self) -> None:
+        """Raises InputError unless the batch doubles its way up, in whole micro-batches."""
+        if not self.ramp_from:
+            _check(self.ramp_steps == 0, "train.ramp_steps", self.ramp_steps, "there is no ramp", "Set train.ramp_from too, or leave both at 0")
+            return
+        doublings = (self.batch_size // self.ramp_from).bit_length() - 1
+        halves = [self.batch_size >> n for n in range(1, self.batch_size.bit_length()) if self.batch_size % (1 << n) == 0]
+        _check(
+            self.ramp_from in halves,
+            "train.ramp_from",
+            self.ramp_from,
+            f"no doubling of it gives train.batch_size = {self.batch_size}",
+            f"Choose from: {', '.join(map(str, halves))}" if halves else "Set it to 0, or choose an even train.batch_size",
+        )
+        _check(
+            doublings <= self.ramp_steps <= self.steps,
+            "train.ramp_steps",
+            self.ramp_steps,
+            f"{doublings} sizes before the last do not fit into so many of train.steps = {self.steps}",
+            f"Give a value from {doublings} to {self.steps}",
+        )
+        for size in self.batch_sizes:
+            _check(
+                size % self.micro_batches_of(size) == 0,
+                "train.micro_batches",
+                self.micro_batches,
+                f"does not share out a batch of {size} rows on the way to train.batch_size = {self.batch_size}",
+                "Choose a power of 2",
+            )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every size that the batch has on its way, the smallest first."""
+        sizes = [self.batch_size]
+        while self.ramp_from and sizes[0] > self.ramp_from:
+            sizes.insert(0, sizes[0] // 2)
+        return sizes
+
+    def batch_size_at(self, step: int) -> int:
+        """B of the step after `step` steps."""
+        sizes = self.batch_sizes
+        return sizes[min(step * (len(sizes) - 1) // self.ramp_steps, len(sizes) - 1)] if self.ramp_from else self.batch_size
+
+    def rows_before(self, step: int) -> int:
+        """How many rows the first `step` steps read."""
+        sizes = self.batch_sizes
+        starts = [-(-i * self.ramp_steps // max(len(sizes) - 1, 1)) for i in range(len(sizes))]
+        ends = [*starts[1:], step]
+        return sum(size * max(min(step, end) - start, 0) for size, start, end in zip(sizes, starts, ends, strict=True))
+
+    def micro_batches_of(self, batch_size: int) -> int:
+        """How many parts a batch on the way up has: of as many rows as those of a full one, where it has so many."""
+        return -(-self.micro_batches * batch_size // self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""What a run measures: metrics.jsonl, model FLOPs utilisation, and the progress line."""
+"""What a run measures and where it goes: metrics.jsonl, TensorBoard, Weights & Biases, the progress line; model FLOPs utilisation."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mlm_jax.config import InputError, ModelConfig
+import tensorboardX
 
-# Peak dense bfloat16 FLOP/s of one JAX device, by the start of its device_kind.
-# Source: cloud.google.com/tpu/docs (system architecture pages, per chip; v2 and v3 devices are half a chip); NVIDIA data sheets.
+from mlm_jax.config import Config, InputError, ModelConfig
+
+# Peak dense bfloat16 FLOP/s (float16 where a GPU has no bfloat16) of one JAX device, by the start of its device_kind.
+# Source: cloud.google.com/tpu/docs (system architecture pages, per chip; v2, v3 and v7x devices are half a chip); NVIDIA data sheets.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -21,13 +26,26 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
     "Tesla V100": 125e12,
     "Tesla T4": 65e12,
 }
+
+# What differs between two runs of the same thing: seconds, speeds, bytes.
+MEASURED = frozenset(
+    "tokens_per_s tokens_per_s_per_device mfu step_s idle_s data_s eval_s save_s compile_s programs programs_from_cache "
+    "memory_bytes memory_peak_bytes".split()
+)
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -38,6 +56,8 @@ def peak_flops(device_kind: str) -> float | None:
 
 def flops_per_token(config: ModelConfig, n_params: int) -> float:
     """Model FLOPs of one trained token, forward and backward: 6 per parameter, and 12 L T D for attention.
+
+    MFU is this times tokens per second over the peak FLOP/s of all devices.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B. Rematerialisation is not counted, nor is the causal half taken off.
     """
@@ -61,6 +81,73 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class TensorBoard:
+    """The same figures as event files, which TensorBoard shows: one curve for each number in a row, with its name."""
+
+    def __init__(self, folder: Path, *, resume_at: int) -> None:
+        """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
+        purge_step, suffix = resume_at + 1 if resume_at else None, f".{resume_at}"  # without one, two files of the same second were one
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=30)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds one row; a thread of the writer puts it on disk."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """The same figures at Weights & Biases: a run of `project` that goes on where this one does."""
+
+    def __init__(self, project: str, config: Config, run: Path) -> None:
+        """Raises: InputError: the library is not installed, or does not start."""
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra
+        except ImportError as e:
+            raise InputError("--wandb", project, "Weights & Biases is not installed", 'pip install -e ".[wandb]", or leave --wandb out') from e
+        same = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the directory is the run
+        try:
+            self._run = wandb.init(
+                project=project, name=config.name, id=same, resume="allow", dir=str(run), config=dataclasses.asdict(config), settings={"silent": True}
+            )
+        except Exception as e:
+            raise InputError("--wandb", project, f"does not start ({e})", "Run `wandb login`, set WANDB_MODE=offline, or leave --wandb out") from e
+        self._run.define_metric("*", step_metric="step")  # its own count of rows cannot go back to a checkpoint
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds one row; another process sends it."""
+        self._run.log({name: value for name, value in row.items() if isinstance(value, int | float)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Recorder:
+    """All places where a run's figures go. A context manager, which closes them."""
+
+    def __init__(self, run: Path, config: Config, *, resume_at: int, wandb: str = "") -> None:
+        """`wandb` names a project; "" is none. Raises InputError where that does not start."""
+        self._open = contextlib.ExitStack()
+        self._sinks: list[Any] = [Wandb(wandb, config, run)] if wandb else []
+        self._sinks += [MetricsFile(run / "metrics.jsonl", resume_at=resume_at), TensorBoard(run / "tensorboard", resume_at=resume_at)]
+        for sink in self._sinks:
+            self._open.callback(sink.close)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes one row, which has a "step", to all."""
+        for sink in self._sinks:
+            sink.write(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -187,10 +187,18 @@ def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, A
     if rows:
         facts.append(("steps", f"{rows[-1]['step']:,}"))
     if rows and config:
-        facts.append(("tokens trained on", f"{rows[-1]['step'] * config.train.batch_size * config.model.context_len:,}"))
+        facts.append(("tokens trained on", f"{config.train.rows_before(rows[-1]['step']) * config.model.context_len:,}"))
     speeds = _series(rows, "tokens_per_s")[1]
     if speeds.size:
         facts.append(("speed, median", f"{np.median(speeds):,.0f} tokens/s"))
+    mfu, peaks = _series(rows, "mfu")[1], _series(rows, "memory_peak_bytes")[1]
+    if mfu.size:
+        facts.append(("model FLOPs utilisation, median", f"{np.median(mfu):.1%}"))
+    step_s, idle_s, data_s = (_series(rows, name)[1].sum() for name in ("step_s", "idle_s", "data_s"))
+    if step_s:
+        facts.append(("devices idle between steps", f"{idle_s / step_s:.2%} of the time, {data_s / step_s:.2%} for want of a batch"))
+    if peaks.size:
+        facts.append(("memory of a device, at most", f"{peaks.max() / 2**30:.2f} GiB"))
     return _table("", facts)
 
 

@@ -1,6 +1,7 @@
 """A run directory: what it records, the stages that fill it, and the one function that loads a model from it or from elsewhere.
 
-config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  checkpoints/  evaluation.json  samples.txt  hf/  report.html
+config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  samples.txt  hf/  report.html
+compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlm_jax import checkpoint, distributed, evaluate, experiment, huggingface, report, sharding
+from mlm_jax import checkpoint, distributed, evaluate, experiment, huggingface, observe, report, sharding
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
@@ -78,8 +79,7 @@ class Run:
 
     def check_devices(self) -> None:
         """Raises InputError where the devices at hand cannot share the work as the configuration says."""
-        c = self.config.train
-        sharding.check_batch(self.mesh, c.batch_size, self.config.model.context_len, c.micro_batches)
+        training.check_batches(self.mesh, self.config)
 
     def prepare(self) -> token_shards.Manifest:
         """Text to token shards; then the run's own files: configuration, provenance, tokenizer. Returns the manifest of the shards.
@@ -109,6 +109,7 @@ class Run:
             tokenizer.save(self.folder / "tokenizer")
             write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
         barrier("configuration")
+        observe.keep_compiled(self.folder / "compiled")
         return manifest
 
     def _read_tokens(self) -> tuple[token_shards.Manifest, Tokenizer]:
@@ -139,11 +140,17 @@ class Run:
             "parameters": gpt2.n_params(jax.eval_shape(lambda: gpt2.init(self.experiment.build(self.config.model), jax.random.key(0)))),
         }
 
-    def train(self) -> None:
-        """Trains up to the last step, from the newest checkpoint on."""
-        done = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
-        if done < self.config.train.steps:
-            training.train(self.config, self.experiment.build(self.config.model), self.tokens, self.folder)
+    def train(self, *, profile: str = "", wandb: str = "") -> None:
+        """Trains up to the last step, from the newest checkpoint on. `profile` is FIRST:LAST, `wandb` a project of Weights & Biases.
+
+        Raises:
+          InputError: `profile` names no steps that are still to come.
+        """
+        done, steps = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0), self.config.train.steps
+        traced = observe.Profile.parse(profile, done + 1, steps) if profile else None
+        if done < steps:
+            model = self.experiment.build(self.config.model)
+            training.train(self.config, model, self.tokens, self.folder, profile=traced, wandb=wandb)
 
     def evaluate(self) -> dict[str, Any]:
         """Loss over the whole validation split, and what xz needs for the same text, as evaluation.json holds them."""

@@ -188,12 +188,16 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
+def rows_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What `put_rows` gives, without the values."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec("B" + "." * (len(shape) - 1))))
+
+
 def put_rows(rows: Any, shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.Array:
     """A global batch on the mesh; `rows(start, stop)` is called for just the rows that this process's devices hold."""
-    sharding = NamedSharding(mesh, spec("B" + "." * (len(shape) - 1)))
 
     def local(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         return np.asarray(rows(start, stop), dtype)
 
-    return jax.make_array_from_callback(shape, sharding, local)
+    return jax.make_array_from_callback(shape, rows_shape(shape, dtype, mesh).sharding, local)

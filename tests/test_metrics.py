@@ -2,12 +2,16 @@
 
 import io
 import json
+import struct
+import sys
+import types
 
 import jax
 import pytest
+from tensorboardX.proto import event_pb2
 
 from mlm_jax import metrics
-from mlm_jax.config import InputError, ModelConfig
+from mlm_jax.config import Config, InputError, ModelConfig
 from mlm_jax.model import gpt2
 
 
@@ -36,6 +40,83 @@ def test_resuming_drops_the_rows_that_come_again(tmp_path):
     history.close()
     assert metrics.read_metrics(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "val_loss": 2}, {"step": 3, "loss": 1.5}]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def scalars(folder):
+    """What TensorBoard shows of the event files in `folder`: {name: {step: value}}; a file that says it goes on at a step hides what is after it."""
+    shown = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # records: length, its checksum, the bytes, their checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+                shown = {name: {s: v for s, v in values.items() if s < event.step} for name, values in shown.items()}
+            for value in event.summary.value:
+                assert event.step not in shown.setdefault(value.tag, {})
+                shown[value.tag][event.step] = value.simple_value
+    return shown
+
+
+def test_tensorboard_has_every_number_once_over_a_restart(tmp_path):
+    first = metrics.TensorBoard(tmp_path, resume_at=0)
+    for step in range(1, 6):
+        first.write({"step": step, "loss": 10.0 - step, "skipped": [1, 2]})
+    first.close()
+    again = metrics.TensorBoard(tmp_path, resume_at=3)
+    for step in range(4, 7):
+        again.write({"step": step, "loss": 20.0 - step})
+    again.write({"step": 6, "val_loss": 2.5})
+    again.close()
+    assert scalars(tmp_path) == {"loss": {1: 9.0, 2: 8.0, 3: 7.0, 4: 16.0, 5: 15.0, 6: 14.0}, "val_loss": {6: 2.5}}
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what is sent."""
+
+    def __init__(self, error=None):
+        super().__init__("wandb")
+        self.error, self.begun, self.rows, self.ended = error, [], [], 0
+
+    def init(self, **how):
+        if self.error:
+            raise self.error
+        self.begun.append(how)
+        return self
+
+    def define_metric(self, name, *, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_weights_and_biases_gets_the_numbers_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
+    library = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for resume_at in (0, 1):
+        with metrics.Recorder(tmp_path, Config(name="test"), resume_at=resume_at, wandb="project") as recorder:
+            recorder.write({"step": resume_at + 1, "loss": 2.5, "skipped": [3]})
+    assert library.rows == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.5}] and library.ended == 2
+    first, second = library.begun
+    assert first == second and (first["project"], first["name"], first["resume"]) == ("project", "test", "allow")
+    assert first["config"]["train"]["steps"] == 1000 and first["dir"] == str(tmp_path)
+    assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [(None, r'is not installed. pip install -e "\.\[wandb\]"'), (FakeWandb(RuntimeError("no key")), "does not start .no key.. Run `wandb login`")],
+)
+def test_weights_and_biases_that_do_not_start_are_named_and_nothing_is_written(tmp_path, monkeypatch, library, reason):
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    with pytest.raises(InputError, match=f"--wandb = project: Weights & Biases {reason}" if library is None else f"--wandb = project: {reason}"):
+        metrics.Recorder(tmp_path, Config(name="test"), resume_at=0, wandb="project")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"st', '{"step": 2', "\udcff\udcfe"])

@@ -17,7 +17,7 @@ import pytest
 from mlm_jax import checkpoint, cli, experiment, huggingface, runs, sharding, weights
 from mlm_jax.config import InputError, MeshConfig, ModelConfig, from_json
 from mlm_jax.data import tokenizer as tokenizers
-from mlm_jax.metrics import read_metrics
+from mlm_jax.metrics import MEASURED, read_metrics
 from mlm_jax.model import gpt2
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,8 @@ def again(tiny_run, folder, *more):
 def test_a_run_explains_itself(tiny_run):
     folder = tiny_run.folder
     assert {path.name for path in folder.iterdir()} == set(
-        "config.json run.json code tokens tokenizer metrics.jsonl checkpoints evaluation.json samples.txt hf report.html loss.png".split()
+        "config.json run.json code tokens tokenizer metrics.jsonl tensorboard checkpoints evaluation.json samples.txt hf report.html loss.png".split()
+        + ["compiled"] * ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
     )
     config = from_json((folder / "config.json").read_text())
     assert config.name == "test" and config.model.vocab_size == 300  # the tokenizer's
@@ -319,7 +320,7 @@ def arrays(folder):
 def check_equal(a, b):
     for x, y in zip(arrays(a), arrays(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
-    rows = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
     assert rows[0] == rows[1]
     steps = [row["step"] for row in rows[0] if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))

@@ -1,7 +1,9 @@
 """The loop: a known curve, resuming bit for bit, and a step that depends on nothing but its inputs."""
 
+import contextlib
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 
 from mlm_jax import checkpoint
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
-from mlm_jax.data.tokens import prepare
-from mlm_jax.metrics import read_metrics
+from mlm_jax.data.batches import Batches
+from mlm_jax.data.tokens import open_tokens, prepare
+from mlm_jax.metrics import MEASURED, MetricsFile, read_metrics
 from mlm_jax.model import gpt2
 from mlm_jax.train import train
 
@@ -40,6 +43,27 @@ def run(config, tokens, folder):
     return state, read_metrics(folder / "metrics.jsonl")
 
 
+def run_until(step, config, tokens, folder):
+    """The run, broken off when it has saved `step`."""
+
+    class Stop(Exception):
+        pass
+
+    def save(self, at, *args, save=checkpoint.Checkpoints.save):
+        save(self, at, *args)
+        if at == step:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        run(config, tokens, folder)
+
+
+def repeatable(rows):
+    """What a second run has to repeat."""
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tokens, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -51,29 +75,17 @@ def test_ten_steps_give_the_golden_curve(tokens, tmp_path):
     np.testing.assert_allclose([row["loss"] for row in rows if "loss" in row], GOLDEN, rtol=1e-4)
 
 
-def test_resuming_is_bit_for_bit(undisturbed, tokens, tmp_path, monkeypatch):
+def test_resuming_is_bit_for_bit(undisturbed, tokens, tmp_path):
     state, rows, _ = undisturbed
 
-    class Stop(Exception):
-        pass
-
-    def stop_after_save(self, step, *args, save=checkpoint.Checkpoints.save):
-        save(self, step, *args)
-        if step == 8:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "save", stop_after_save)
-        with pytest.raises(Stop):
-            run(CONFIG, tokens, tmp_path)
+    run_until(8, CONFIG, tokens, tmp_path)
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [4, 8]
     with (tmp_path / "metrics.jsonl").open("a") as file:  # what a kill leaves: a later step, and half a line
         file.write(json.dumps({"step": 9, "loss": 99.0}) + '\n{"step": 10, "lo')
     resumed, again = run(CONFIG, tokens, tmp_path)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
-    figures = [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
-    assert [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in again] == figures
+    assert repeatable(again) == repeatable(rows)
 
 
 def test_metrics_have_every_step_once_and_validations_at_their_steps(undisturbed):
@@ -97,3 +109,111 @@ def test_another_seed_gives_another_run(undisturbed, tokens, tmp_path):
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(tokens, tmp_path):
     with pytest.raises(InputError, match=r"train\.batch_size = 6: .* 8 "):
         run(override(CONFIG, {"train.batch_size": 6}), tokens, tmp_path)
+
+
+# ---- a batch that grows ----
+
+RAMP = {"train.batch_size": 16, "train.ramp_from": 4, "train.ramp_steps": 5, "train.save_every": 3, "model.dropout": 0.0}
+RAMP |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+
+
+def test_a_batch_doubles_at_even_intervals_until_it_is_full():
+    c = override(CONFIG, RAMP).train
+    sizes = [c.batch_size_at(step) for step in range(10)]
+    assert sizes == [4, 4, 4, 8, 8, 16, 16, 16, 16, 16] and c.batch_sizes == [4, 8, 16]
+    assert [c.rows_before(step) for step in range(11)] == np.cumsum([0, *sizes]).tolist()
+    assert [CONFIG.train.rows_before(step) for step in (0, 3)] == [0, 24] and CONFIG.train.batch_size_at(9) == 8
+    assert [override(CONFIG, RAMP | {"train.micro_batches": 4}).train.micro_batches_of(B) for B in (4, 8, 16)] == [1, 2, 4]
+
+
+def test_growing_batches_read_the_same_rows_in_the_same_order_as_others(tokens):
+    c = override(CONFIG, RAMP).train
+    stored = open_tokens(tokens, "train")
+    growing = Batches(stored, context_len=16, batch_size=16, seed=0, rows_before=c.rows_before)
+    even = Batches(stored, context_len=16, batch_size=4, seed=0)
+    rows = np.concatenate([growing(step) for step in range(7)])
+    np.testing.assert_array_equal(rows, np.concatenate([even(step) for step in range(len(rows) // 4)]))
+
+
+def test_a_run_with_a_growing_batch_resumes_within_it_and_begins_as_one_of_the_small_size(tokens, tmp_path):
+    config = override(CONFIG, RAMP)
+    run_until(3, config, tokens, tmp_path / "a")
+    _, rows = run(config, tokens, tmp_path / "a")
+    assert [row["batch_size"] for row in rows if "loss" in row] == [4, 4, 4, 8, 8, 16, 16, 16, 16, 16]
+    fixed = {"train.batch_size": 4, "train.ramp_from": 0, "train.ramp_steps": 0, "train.save_every": 0}
+    _, small = run(override(config, fixed), tokens, tmp_path / "b")
+    losses, others = ([row["loss"] for row in found if "loss" in row] for found in (rows, small))
+    assert losses[:3] == others[:3] and losses[4] != others[4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.ramp_from": 5}, r"train\.ramp_from = 5: no doubling of it gives train\.batch_size = 16\. Choose from: 8, 4, 2, 1\."),
+        ({"train.ramp_from": 16}, r"train\.ramp_from = 16: no doubling"),
+        (
+            {"train.ramp_steps": 1},
+            r"train\.ramp_steps = 1: 2 sizes before the last do not fit into so many of .* Give a value from 2 to 10",
+        ),
+        ({"train.ramp_steps": 11}, r"train\.ramp_steps = 11: .* from 2 to 10"),
+        ({"train.ramp_from": 0}, r"train\.ramp_steps = 5: there is no ramp\. Set train\.ramp_from too"),
+        (
+            {"train.batch_size": 24, "train.ramp_from": 3, "train.micro_batches": 12},
+            r"train\.micro_batches = 12: does not share out a batch of 3 rows",
+        ),
+    ],
+)
+def test_a_growth_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        override(CONFIG, RAMP | changes)
+
+
+def test_a_growing_batch_that_the_mesh_does_not_divide_at_its_start_is_refused(tokens, tmp_path):
+    with pytest.raises(InputError, match=r"train\.batch_size = 2: .*the 4 devices"):
+        run(override(CONFIG, RAMP | {"train.ramp_from": 2}), tokens, tmp_path)
+
+
+# ---- the loop does not wait ----
+
+
+def test_a_step_is_given_to_the_devices_before_the_figures_of_the_one_before_are_asked_for(tokens, tmp_path, monkeypatch):
+    order = []
+
+    class Annotation(contextlib.nullcontext):
+        def __init__(self, name, step_num):
+            super().__init__()
+            order.append(("give", step_num))
+
+    write = MetricsFile.write
+    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", Annotation)
+    monkeypatch.setattr(MetricsFile, "write", lambda self, row: (order.append(("write", row["step"])), write(self, row)))
+    run(override(CONFIG, {"train.steps": 5, "train.eval_every": 0, "train.save_every": 0}), tokens, tmp_path)
+    expected = [("give", 1), ("give", 2), ("write", 1), ("give", 3), ("write", 2), ("give", 4), ("write", 3), ("give", 5), ("write", 4), ("write", 5)]
+    assert order[:10] == expected
+
+
+def test_batches_are_on_the_devices_before_their_steps(tokens, tmp_path, monkeypatch):
+    put, read = [], []
+
+    class Annotation(contextlib.nullcontext):
+        def __init__(self, name, step_num):
+            super().__init__()
+            deadline = time.monotonic() + 60
+            while max(read) < min(step_num + 1, 5) and time.monotonic() < deadline:  # the batch of the next step is made without this one being given
+                time.sleep(0.001)
+            put.append(max(read))
+
+    rows = Batches.rows
+    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", Annotation)
+    monkeypatch.setattr(Batches, "rows", lambda self, step, start, stop: (read.append(step + 1), rows(self, step, start, stop))[1])
+    run(override(CONFIG, {"train.steps": 5, "train.eval_every": 0, "train.save_every": 0}), tokens, tmp_path)
+    assert [found >= step for step, found in zip([2, 3, 4, 5, 5], put, strict=True)] == [True] * 5
+
+
+def test_the_time_that_a_batch_takes_is_named_where_the_devices_wait_for_it(tokens, tmp_path, monkeypatch):
+    rows = Batches.rows
+    monkeypatch.setattr(Batches, "rows", lambda self, step, *part: (time.sleep(0.3 if step == 0 and part[0] == 0 else 0), rows(self, step, *part))[1])
+    _, found = run(override(CONFIG, {"train.steps": 2, "train.eval_every": 0, "train.save_every": 0}), tokens, tmp_path)
+    first = found[0]
+    assert first["data_s"] > 0.1 and first["step_s"] >= first["idle_s"] >= first["data_s"]
+    assert first["programs"] > 0 and first["compile_s"] > 0 and "compile_s" not in found[1]

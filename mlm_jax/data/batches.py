@@ -1,5 +1,7 @@
 """Token shards -> batches: the batch at step s is a pure function of (tokens, seed, s), so nothing has to be saved to resume."""
 
+from collections.abc import Callable
+
 import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Float, Int
@@ -15,18 +17,23 @@ class Batches:
     shifted anew for each epoch, so that the cuts, and the up to T - 1 tokens between the last window and the first, differ too.
     """
 
-    def __init__(self, tokens: Tokens, *, context_len: int, batch_size: int, seed: int) -> None:
-        """Raises: InputError: there are fewer tokens than one window, context_len + 1."""
+    def __init__(self, tokens: Tokens, *, context_len: int, batch_size: int, seed: int, rows_before: Callable[[int], int] | None = None) -> None:
+        """Where batches grow, `rows_before` says how many rows the first so many steps read; else `batch_size` times the steps.
+
+        Raises:
+          InputError: there are fewer tokens than one window, context_len + 1.
+        """
         if len(tokens) < context_len + 1:
             reason = f"the text is shorter than one window: {len(tokens)} training tokens, a window takes {context_len} + 1"
             raise InputError("model.context_len", context_len, reason, "Give more text (data.source) or a smaller model.context_len")
         self._tokens, self._seed = tokens, seed
         self.context_len, self.batch_size = context_len, batch_size
+        self._rows_before = rows_before or (lambda step: step * batch_size)
         self.windows_per_epoch: int = len(tokens) // context_len
 
     def __call__(self, step: int) -> Int[np.ndarray, "B W"]:
         """The batch of `step`, int32: a row holds T tokens and the one after, so inputs are [:, :-1] and targets [:, 1:]."""
-        return self.rows(step, 0, self.batch_size)
+        return self.rows(step, 0, self._rows_before(step + 1) - self._rows_before(step))
 
     def rows(self, step: int, start: int, stop: int) -> Int[np.ndarray, "B W"]:
         """Rows `start` up to, not including, `stop` of the batch of `step`: what one host feeds its devices."""
@@ -38,7 +45,7 @@ class Batches:
     def starts(self, step: int, start: int, stop: int) -> list[int]:
         """Where these rows begin: tokens from the start of the split, which is read as a circle."""
         out = []
-        first = step * self.batch_size + start
+        first = self._rows_before(step) + start
         epoch, (order_seed, shift) = -1, (0, 0)
         for row in range(stop - start):
             row_epoch, position = divmod(first + row, self.windows_per_epoch)
