@@ -114,7 +114,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(tokens, tmp_path):
 # ---- a batch that grows ----
 
 RAMP = {"train.batch_size": 16, "train.ramp_from": 4, "train.ramp_steps": 5, "train.save_every": 3, "model.dropout": 0.0}
-RAMP |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+RAMP |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2}
 
 
 def test_a_batch_doubles_at_even_intervals_until_it_is_full():
