@@ -84,7 +84,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """The same figures as event files, which TensorBoard shows: one curve for each number in a row, with its name."""
+    """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine."""
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
@@ -95,7 +95,8 @@ class TensorBoard:
         """Adds one row; a thread of the writer puts it on disk."""
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, row["step"])
+                group = "machine" if name in MEASURED else "validation" if name.startswith("val_") else "train"
+                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
 
     def close(self) -> None:
         self._writer.close()

@@ -62,14 +62,15 @@ def scalars(folder):
 def test_tensorboard_has_every_number_once_over_a_restart(tmp_path):
     first = metrics.TensorBoard(tmp_path, resume_at=0)
     for step in range(1, 6):
-        first.write({"step": step, "loss": 10.0 - step, "skipped": [1, 2]})
+        first.write({"step": step, "loss": 10.0 - step, "skipped": [1, 2], "step_s": 0.5})
     first.close()
     again = metrics.TensorBoard(tmp_path, resume_at=3)
     for step in range(4, 7):
         again.write({"step": step, "loss": 20.0 - step})
     again.write({"step": 6, "val_loss": 2.5})
     again.close()
-    assert scalars(tmp_path) == {"loss": {1: 9.0, 2: 8.0, 3: 7.0, 4: 16.0, 5: 15.0, 6: 14.0}, "val_loss": {6: 2.5}}
+    losses = {1: 9.0, 2: 8.0, 3: 7.0, 4: 16.0, 5: 15.0, 6: 14.0}
+    assert scalars(tmp_path) == {"train/loss": losses, "validation/val_loss": {6: 2.5}, "machine/step_s": {1: 0.5, 2: 0.5, 3: 0.5}}
 
 
 class FakeWandb(types.ModuleType):
