@@ -37,7 +37,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(model, params):
     assert [len(text) for text, _ in texts] == [25] * 3
 
 
-@pytest.mark.parametrize("wide", ["model", "draft"])
+@pytest.mark.parametrize("wide", ["model", pytest.param("draft", marks=pytest.mark.slow)])
 def test_a_padded_vocabulary_beside_one_that_is_not_changes_nothing(model, params, draft_params, wide, padded):
     def texts(side, small, **settings):
         return [text.tolist() for text, _ in speculative(*side, *small, PROMPTS, SampleConfig(max_tokens=12, **settings), 256)[0]]
@@ -48,7 +48,7 @@ def test_a_padded_vocabulary_beside_one_that_is_not_changes_nothing(model, param
     assert [texts(*sides.values(), **settings) for settings in ({"temperature": 0}, {"seed": 3, "top_p": 0.9})] == plain
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.3, "top_k": 20, "num": 4}])
+@pytest.mark.parametrize("settings", [pytest.param({"temperature": 0}, marks=pytest.mark.slow), {"temperature": 1.3, "top_k": 20, "num": 4}])
 def test_log_probabilities_are_the_models_own(model, params, draft_params, settings):
     found, _ = speculative(model, params, DRAFT, draft_params, [[1, 2, 3]], SampleConfig(max_tokens=25, **settings), 256)
     for tokens, logprobs in found:
