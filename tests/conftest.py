@@ -5,6 +5,8 @@ import dataclasses
 import io
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 # Set before anything imports jax or transformers; child processes inherit these, and see one device.
@@ -12,6 +14,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads outlive a fork, of which it warns
+# Many tests train the same small model anew: what took long to compile is compiled once. A folder for each process with its children, as JAX
+# does not write whole files at once: one that another process were still writing would be read as damaged, with a warning, here an error.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlm_jax_compiled_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -19,6 +25,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # the tests mostly compile: this halves their time; child processes compile as users do
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
 
 # Everything small: a run of it takes seconds. {source} is the text.
 TINY_EXPERIMENT = """from mlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig

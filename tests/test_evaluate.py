@@ -22,7 +22,7 @@ CONFIG = ModelConfig(vocab_size=19, context_len=8, n_layers=1, n_heads=2, d_mode
 @pytest.fixture(scope="module")
 def model_and_params():
     model = gpt2.GPT2(CONFIG)
-    return model, gpt2.init(model, jax.random.key(0))
+    return model, jax.jit(lambda: gpt2.init(model, jax.random.key(0)))()
 
 
 def tokens(n):

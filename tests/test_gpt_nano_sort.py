@@ -44,7 +44,7 @@ def test_the_published_activations_of_a_trained_mingpt_are_computed_here() -> No
 def test_the_trained_mingpt_sorts_here_and_chooses_what_its_own_logits_choose() -> None:
     config, params = trained()
     bar = np.load(GOLDEN / "activations.npz")
-    logits_BTV = gpt2.GPT2(config).apply({"params": params}, bar["idx"])
+    logits_BTV = jax.jit(gpt2.GPT2(config).apply)({"params": params}, bar["idx"])
     assert np.array_equal(np.argmax(logits_BTV, -1), bar["lm_head"].argmax(-1))
     prompts = list(itertools.product(range(3), repeat=6))  # all there are
     decoding = Decoding(gpt2.GPT2(config), params, prompts, SampleConfig(max_tokens=6, temperature=0.0, overflow="window"), eot_id=-1)

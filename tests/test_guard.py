@@ -156,7 +156,7 @@ def test_a_run_ends_in_words_after_so_many_skipped_steps_in_a_row_and_keeps_its_
 
 def test_the_first_array_that_is_not_finite_is_named():
     model = gpt2.GPT2(MODEL)
-    params, tokens_BW = gpt2.init(model, jax.random.key(0)), windows(0)
+    params, tokens_BW = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))(), windows(0)
     assert guard.first_not_finite(model, params, tokens_BW) == ""
 
     def changed(path, value):

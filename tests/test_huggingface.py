@@ -340,7 +340,8 @@ def test_a_model_without_biases_is_read_and_exports_with_biases_that_are_zero(fo
     kept = {name: tensor for name, tensor in tensors_of(folder).items() if not name.endswith(".bias")}
     rewrite(folder, linear(kept))
     config, params = huggingface.import_weights(folder)
-    assert not config.biases and jax.tree.structure(params) == jax.tree.structure(gpt2.init(gpt2.GPT2(config), jax.random.key(0)))
+    fresh = jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0)))
+    assert not config.biases and jax.tree.structure(params) == jax.tree.structure(fresh)
     exported = tensors_of(huggingface.export_weights(config, params, tmp_path / "out"))
     assert all(exported[name].tobytes() == kept[name].tobytes() for name in kept)
     zeros = set(exported) - set(kept)
@@ -819,7 +820,7 @@ def test_transformers_loads_the_exported_tokenizer_and_gives_the_same_tokens(tmp
     (tmp_path / "tokenizer").mkdir()
     made.save(tmp_path / "tokenizer")
     config = ModelConfig(vocab_size=made.vocab_size, context_len=T, n_layers=1, n_heads=1, d_model=4, d_ff=4)
-    params = gpt2.init(gpt2.GPT2(config), jax.random.key(0))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0))))
     out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(tmp_path / "tokenizer"))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.encode(TEXT) == made.encode(TEXT).tolist()
@@ -860,7 +861,7 @@ def test_parameters_that_gpt2_has_no_place_for_are_refused_by_name_and_nothing_i
 )
 def test_what_hugging_faces_gpt2_cannot_express_is_refused_by_field_and_value(tmp_path: Path, field: str, value: Any) -> None:
     config = dataclasses.replace(huggingface.import_weights(GOLDEN)[0], **{field: value})
-    params = gpt2.init(gpt2.GPT2(config), jax.random.key(0))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0))))
     assert huggingface.inexpressible(config) == {field: value}
     with pytest.raises(InputError, match=rf"Hugging Face's GPT-2 cannot express model\.{field} = {value}\. ") as what:
         huggingface.export_weights(config, params, tmp_path / "out")
@@ -1215,7 +1216,7 @@ def test_the_text_pipeline_of_transformers_writes_what_our_model_writes(tmp_path
     made.save(tmp_path / "tokenizer")
     sizes = {"context_len": T, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 32}
     config = ModelConfig(vocab_size=made.vocab_size, vocab_multiple=64, activation="gelu_erf", biases=False, tied_head=False, init_std=0.5, **sizes)
-    params = gpt2.init(gpt2.GPT2(config), jax.random.key(0))
+    params = jax.jit(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0)))()
     out = huggingface.export_weights(config, params, tmp_path / "out", tokenizer=tokenizer.Tokenizer.load(tmp_path / "tokenizer"))
     pipeline = transformers.pipeline("text-generation", model=str(out))
     ids = pipeline("Once", max_new_tokens=8, do_sample=False, return_tensors=True)[0]["generated_token_ids"]

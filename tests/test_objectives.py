@@ -87,7 +87,7 @@ def close(got, expected, relative):
 @pytest.mark.parametrize("changes", [{}, {"tied_head": False, "logit_softcap": 3.0, "mup_base_width": 8}])
 def test_chunks_change_neither_the_losses_nor_their_gradient(changes):
     model = gpt2.GPT2(override(MODEL, changes))
-    inputs = gpt2.init(model, jax.random.key(0)), tokens(4, 16), jnp.linspace(0, 1, 64).reshape(4, 16)
+    inputs = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))(), tokens(4, 16), jnp.linspace(0, 1, 64).reshape(4, 16)
     expected = step_of(model, BOTH)(*inputs)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
     close(step_of(model, override(BOTH, {"loss_chunks": 4}))(*inputs), expected, 2e-6)

@@ -530,7 +530,7 @@ def changes(width: int, *, mup: bool, divided: bool, steps: int = 4) -> dict[str
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, seen
 
-    params = gpt2.init(model, jax.random.key(1))
+    params = jax.jit(lambda: gpt2.init(model, jax.random.key(1)))()
     state = tx.init(params)
     history = []
     for _ in range(steps + 1):

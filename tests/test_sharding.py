@@ -43,7 +43,7 @@ def one_device():
 AXES = ("data", "fsdp", "tensor", "context", "slices")
 EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
 SLICED = [(2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
-SOME = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 2, 2), (1, 1, 1, 8), (1, 2, 1, 2, 2)]
+SOME = [(1, 8, 1, 1), (2, 1, 2, 2), (1, 2, 1, 2, 2)]  # every axis once, and beside others
 assert len(EVERY) == 20
 
 
@@ -118,7 +118,7 @@ def test_only_the_slice_axis_crosses_from_one_slice_to_another():
 )
 def test_generation_with_split_positions_equals_that_on_one_device(changes):
     model = gpt2.GPT2(override(CONFIG, {"context_len": 32, **changes}))
-    params = jax.tree.map(lambda x: 5 * x, gpt2.init(model, jax.random.key(0)))
+    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, gpt2.init(model, jax.random.key(0))))()
     prompts, settings = [[1, 2, 3], [4] * 17], SampleConfig(max_tokens=12, num=2)
 
     def run(params):

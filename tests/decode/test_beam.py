@@ -16,8 +16,8 @@ SMALL = gpt2.GPT2(ModelConfig(vocab_size=6, context_len=16, n_layers=1, n_heads=
 
 
 @pytest.fixture(scope="module")
-def small_params() -> gpt2.Params:
-    return jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), gpt2.init(SMALL, jax.random.key(1)))
+def small_params(draw) -> gpt2.Params:
+    return draw(SMALL, 0.5, seed=1)
 
 
 def test_a_beam_wide_enough_finds_the_best_of_all_continuations(small_params):
@@ -42,7 +42,7 @@ def test_log_probabilities_of_beams_are_those_of_the_full_forward_whatever_the_p
     (found,) = beam_search(model, params, [[1, 2, 3]], SampleConfig(beams=4, num=4, max_tokens=10, repetition_penalty=1.8, banned=(7,)), 256)
     for tokens, logprobs, score in found:
         text = np.array([1, 2, 3, *tokens, *[256] * (len(logprobs) - len(tokens))], np.int32)
-        full_TV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, text[None])[0]))
+        full_TV = np.asarray(jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, text[None])[0]))
         np.testing.assert_allclose(logprobs, full_TV[np.arange(2, len(text) - 1), text[3:]], atol=1e-4)
         assert score <= logprobs.sum() / len(logprobs) + 1e-4  # the penalty is in the score alone
 
@@ -92,13 +92,13 @@ def test_parameters_that_are_no_numbers_are_refused(model, params):
         {"beams": 3, "num": 2, "min_tokens": 6},
     ],
 )
-def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(tmp_path, settings):
+def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(tmp_path, settings, draw):
     import torch
     import transformers
 
     config = ModelConfig(vocab_size=40, context_len=64, n_layers=2, n_heads=2, d_model=32, d_ff=64)
     model, eot = gpt2.GPT2(config), 39
-    params = jax.tree.map(lambda x: x + 0.25 * jax.random.normal(jax.random.key(x.size), x.shape), gpt2.init(model, jax.random.key(3)))
+    params = draw(model, 0.25, seed=3)
     huggingface.export_weights(config, jax.tree.map(np.asarray, params), tmp_path / "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     draw = np.random.default_rng(0)

@@ -70,7 +70,7 @@ def test_log_probabilities_are_those_of_the_full_forward(model, params):
     decoding.advance(12)
     ((tokens, logprobs),) = decoding.rows()
     text = np.concatenate([[1, 2, 3], tokens])[None].astype(np.int32)
-    full_TV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, jnp.asarray(text))[0]), np.float64)
+    full_TV = np.asarray(jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, jnp.asarray(text))[0]), np.float64)
     np.testing.assert_allclose(logprobs[: len(tokens)], [full_TV[2 + i, token] for i, token in enumerate(tokens)], atol=1e-4)
 
 
@@ -103,10 +103,16 @@ def test_sliding_is_the_same_whatever_the_batch(model, params):
     assert together == [row for prompt in PROMPTS for row in run(model, params, [prompt], max_tokens=100, overflow="window", eot_id=-1)]
 
 
-@pytest.mark.parametrize("changes", [{"vocab_multiple": 128}, {"position": "rotary", "n_kv_heads": 1, "qk_norm": True, "vocab_multiple": 128}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"vocab_multiple": 128}, marks=pytest.mark.slow),
+        {"position": "rotary", "n_kv_heads": 1, "qk_norm": True, "vocab_multiple": 128},
+    ],
+)
 def test_generation_on_a_mesh_equals_that_on_one_device(model, changes):
     model = gpt2.GPT2(override(model.config, changes))
-    params = jax.tree.map(lambda x: 5 * x, gpt2.init(model, jax.random.key(0)))
+    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, gpt2.init(model, jax.random.key(0))))()
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4 // model.config.n_keys, tensor=model.config.n_keys), jax.devices())
     alone = run(model, params, PROMPTS, num=2)
     with jax.sharding.set_mesh(mesh):
@@ -134,7 +140,7 @@ def test_what_cannot_be_generated_is_refused(model, params, prompts, settings, m
 @pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 128}])
 def test_parameters_that_are_no_numbers_are_refused(model, changes, value):
     model = gpt2.GPT2(override(model.config, changes))
-    healthy = gpt2.init(model, jax.random.key(0))
+    healthy = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))()
     assert len(run(model, healthy, [[1, 2, 3]], max_tokens=3, eot_id=-1)[0]) == 3
     sick = jax.tree_util.tree_map_with_path(lambda path, x: x.at[0].set(value) if "norm_f" in str(path) else x, healthy)
     with pytest.raises(InputError, match=r"^params: the logits that the model computes with them are not finite\. Use a checkpoint from before"):
@@ -176,7 +182,7 @@ def test_two_trees_are_kept_and_no_more(params):
 @pytest.mark.slow
 def test_the_readmes_fifty_prompts_compile_five_prefills_and_three_loops():
     model = gpt2.GPT2(ModelConfig(vocab_size=11, context_len=128, n_layers=1, n_heads=1, d_model=8, d_ff=16))
-    params, before = gpt2.init(model, jax.random.key(0)), (loop.prefill._cache_size(), loop.advance._cache_size())
+    params, before = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))(), (loop.prefill._cache_size(), loop.advance._cache_size())
     for length in range(1, 51):
         assert len(run(model, params, [[1] * length], max_tokens=32, eot_id=-1)[0]) == 32
     assert (loop.prefill._cache_size() - before[0], loop.advance._cache_size() - before[1]) == (5, 3)

@@ -16,11 +16,11 @@ DRAFT = gpt2.GPT2(ModelConfig(vocab_size=257, context_len=64, n_layers=1, n_head
 
 
 @pytest.fixture(scope="module")
-def draft_params() -> gpt2.Params:
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), gpt2.init(DRAFT, jax.random.key(5)))
+def draft_params(draw) -> gpt2.Params:
+    return draw(DRAFT, 0.2, seed=5)
 
 
-@pytest.mark.parametrize("drafted", [1, 3])
+@pytest.mark.parametrize("drafted", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_greedy_text_is_the_models_own(model, params, draft_params, drafted):
     config = SampleConfig(temperature=0, max_tokens=25)
     decoding = loop.Decoding(model, params, PROMPTS, config, 256)
@@ -37,7 +37,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(model, params):
     assert [len(text) for text, _ in texts] == [25] * 3
 
 
-@pytest.mark.parametrize("wide", ["model", "draft"])
+@pytest.mark.parametrize("wide", ["model", pytest.param("draft", marks=pytest.mark.slow)])
 def test_a_padded_vocabulary_beside_one_that_is_not_changes_nothing(model, params, draft_params, wide, padded):
     def texts(side, small, **settings):
         return [text.tolist() for text, _ in speculative(*side, *small, PROMPTS, SampleConfig(max_tokens=12, **settings), 256)[0]]
@@ -48,13 +48,13 @@ def test_a_padded_vocabulary_beside_one_that_is_not_changes_nothing(model, param
     assert [texts(*sides.values(), **settings) for settings in ({"temperature": 0}, {"seed": 3, "top_p": 0.9})] == plain
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.3, "top_k": 20, "num": 4}])
+@pytest.mark.parametrize("settings", [pytest.param({"temperature": 0}, marks=pytest.mark.slow), {"temperature": 1.3, "top_k": 20, "num": 4}])
 def test_log_probabilities_are_the_models_own(model, params, draft_params, settings):
     found, _ = speculative(model, params, DRAFT, draft_params, [[1, 2, 3]], SampleConfig(max_tokens=25, **settings), 256)
     for tokens, logprobs in found:
         text = np.array([1, 2, 3, *tokens, *[256] * (len(logprobs) - len(tokens))], np.int32)
         assert len(text) >= 28 or text[-1] == 256
-        full_TV = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, text[None])[0]))
+        full_TV = np.asarray(jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, text[None])[0]))
         np.testing.assert_allclose(logprobs, full_TV[np.arange(2, len(text) - 1), text[3:]], atol=1e-4)
 
 
@@ -82,17 +82,17 @@ def test_a_text_depends_on_its_number_and_the_seed_and_not_on_the_batch(model, p
     assert len({tuple(text) for text in together}) == 6 and texts(PROMPTS, num=2, seed=1) != together
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 3}])
-def test_text_is_distributed_as_the_models_own(settings):
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"temperature": 0.7, "top_k": 3}])
+def test_text_is_distributed_as_the_models_own(settings, draw):
     # Three tokens of a vocabulary of 4: 64 texts, whose probabilities are products from the full forward pass.
     config = ModelConfig(vocab_size=4, context_len=8, n_layers=1, n_heads=2, d_model=16, d_ff=32)
     model, n = gpt2.GPT2(config), 20_000
-    big = jax.tree.map(lambda x: x + 0.6 * jax.random.normal(jax.random.key(x.size), x.shape), gpt2.init(model, jax.random.key(0)))
-    small = jax.tree.map(lambda x: x + 0.6 * jax.random.normal(jax.random.key(x.size + 1), x.shape), gpt2.init(model, jax.random.key(1)))
+    big, small = draw(model, 0.6), draw(model, 0.6, seed=1, shift=1)
     found, per_call = speculative(model, big, model, small, [[1, 2]], SampleConfig(max_tokens=3, num=n, **settings), -1, drafted=2)
     counts = np.bincount([int(text @ [16, 4, 1]) for text, _ in found], minlength=64)
     texts = np.array(list(np.ndindex(4, 4, 4)), np.int32)
-    logits_BTV = np.asarray(model.apply({"params": big}, jnp.concatenate([jnp.tile(jnp.array([[1, 2]]), (64, 1)), texts], axis=1)), np.float64)
+    prompted_BT = np.concatenate([np.tile(np.array([[1, 2]], np.int32), (64, 1)), texts], axis=1)
+    logits_BTV = np.asarray(jax.jit(model.apply)({"params": big}, prompted_BT), np.float64)
     logits_BTV = logits_BTV[:, 1:4] / settings.get("temperature", 1.0)
     if "top_k" in settings:
         logits_BTV[logits_BTV < np.sort(logits_BTV, axis=-1)[..., -settings["top_k"]][..., None]] = -np.inf
@@ -119,10 +119,10 @@ def test_what_a_draft_cannot_follow_is_refused(model, params, draft_params, sett
         speculative(model, params, DRAFT, draft_params, [[1, 2, 3]], SampleConfig(**settings), 256)
 
 
-def test_a_draft_with_another_vocabulary_is_refused(model, params):
+def test_a_draft_with_another_vocabulary_is_refused(model, params, draw):
     other = gpt2.GPT2(ModelConfig(vocab_size=99, context_len=64, n_layers=1, n_heads=1, d_model=16, d_ff=32))
     with pytest.raises(InputError, match="draft = 99 tokens: the model has a vocabulary of 257"):
-        speculative(model, params, other, gpt2.init(other, jax.random.key(0)), [[1]], SampleConfig(), 256)
+        speculative(model, params, other, draw(other, 0.2), [[1]], SampleConfig(), 256)
 
 
 @pytest.mark.parametrize("drafted", [-3, 0, 64, 200])

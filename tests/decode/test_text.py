@@ -72,7 +72,7 @@ def test_a_generation_says_how_likely_it_was_and_why_it_ended(model, params):
     for g in rows:
         assert len(g.logprobs) == len(g.tokens) + (g.ended_by == "end of text")
         ids = np.array([97, 98, *g.tokens, *([TOKENIZER.eot_id] if g.ended_by == "end of text" else [])], np.int32)
-        full_TV = jax.nn.log_softmax(model.apply({"params": params}, jnp.asarray(ids[None]))[0])
+        full_TV = jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, jnp.asarray(ids[None]))[0])
         assert g.score is None and g.logprob == pytest.approx(float(full_TV[np.arange(1, len(ids) - 1), ids[2:]].sum()), abs=1e-3)
 
 

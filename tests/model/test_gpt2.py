@@ -1,5 +1,7 @@
 """The model is GPT-2: its size, its initialisation, its causality, and names that say its shapes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +20,21 @@ SIZE = {"V": 61, "T": 16, "L": 5, "N": 3, "K": 3, "D": 24, "H": 8, "F": 40}
 @pytest.fixture(scope="module")
 def params():
     """Parameters with every array perturbed, so that biases and gains matter too."""
-    fresh = gpt2.init(gpt2.GPT2(CONFIG), jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+    def draw():
+        fresh = gpt2.init(gpt2.GPT2(CONFIG), jax.random.key(0))
+        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+    return jax.jit(draw)()
 
 
 def tokens(B: int, T: int) -> jax.Array:
     return jax.random.randint(jax.random.key(7), (B, T), 0, CONFIG.vocab_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model: gpt2.GPT2, params, tokens_BT: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, tokens_BT)
 
 
 def shapes_of(config: ModelConfig):
@@ -99,12 +110,13 @@ def test_the_initial_loss_is_near_ln_v():
     config = override(CONFIG, {"vocab_size": 500, "d_model": 48})
     model = gpt2.GPT2(config)
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 17), 0, 500)
-    logits_BTV = model.apply({"params": gpt2.init(model, jax.random.key(0))}, tokens_BT[:, :-1])
+    logits_BTV = jax.jit(lambda t: model.apply({"params": gpt2.init(model, jax.random.key(0))}, t))(tokens_BT[:, :-1])
     assert abs(float(cross_entropy(logits_BTV, tokens_BT[:, 1:]).mean()) - np.log(500)) < 0.05
 
 
 def test_initialisation_has_gpt2s_standard_deviations():
-    p = gpt2.init(gpt2.GPT2(override(CONFIG, {"d_model": 240, "d_ff": 400, "vocab_size": 999})), jax.random.key(0))
+    model = gpt2.GPT2(override(CONFIG, {"d_model": 240, "d_ff": 400, "vocab_size": 999}))
+    p = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))()
     residual = 0.02 / np.sqrt(2 * 5)
     for array, std in (
         (p["w_token_VD"], 0.02),
@@ -122,29 +134,29 @@ def test_initialisation_has_gpt2s_standard_deviations():
 
 def test_unrolled_and_unstacked_layers_give_the_same_logits(params):
     tokens_BT = tokens(2, 16)
-    scanned = gpt2.GPT2(CONFIG).apply({"params": params}, tokens_BT)
-    unrolled = gpt2.GPT2(override(CONFIG, {"unroll_layers": True})).apply({"params": params}, tokens_BT)
-    unstacked = gpt2.GPT2(CONFIG, stacked=False).apply({"params": gpt2.unstack(params)}, tokens_BT)
+    scanned = logits(gpt2.GPT2(CONFIG), params, tokens_BT)
+    unrolled = logits(gpt2.GPT2(override(CONFIG, {"unroll_layers": True})), params, tokens_BT)
+    unstacked = logits(gpt2.GPT2(CONFIG, stacked=False), gpt2.unstack(params), tokens_BT)
     np.testing.assert_allclose(unrolled, scanned, atol=1e-5)
     np.testing.assert_allclose(unstacked, scanned, atol=1e-5)
 
 
 def test_the_cache_gives_the_logits_of_the_full_forward(params):
     tokens_BT, flat, flat_params = tokens(3, 16), gpt2.GPT2(CONFIG, stacked=False), gpt2.unstack(params)
-    full_BTV = gpt2.GPT2(CONFIG).apply({"params": params}, tokens_BT)
-    logits, grown = flat.apply({"params": flat_params}, tokens_BT[:, :5], cache_len=16, mutable=["cache"])
-    got = [logits]
+    full_BTV = logits(gpt2.GPT2(CONFIG), params, tokens_BT)
+    first_BTV, grown = jax.jit(lambda t: flat.apply({"params": flat_params}, t, cache_len=16, mutable=["cache"]))(tokens_BT[:, :5])
+    got = [first_BTV]
     step = jax.jit(lambda cache, t, start: flat.apply({"params": flat_params, **cache}, t, start=start, mutable=["cache"]))
     for start, T in ((5, 1), (6, 1), (7, 4), (11, 5)):  # single tokens, and chunks
-        logits, grown = step(grown, tokens_BT[:, start : start + T], start)
-        got.append(logits)
+        next_BTV, grown = step(grown, tokens_BT[:, start : start + T], start)
+        got.append(next_BTV)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), full_BTV, atol=1e-5)
 
 
 def test_dropout_is_off_unless_asked_for_and_keeps_the_mean(params):
     model = gpt2.GPT2(override(CONFIG, {"dropout": 0.3}))
     tokens_BT = tokens(2, 16)
-    np.testing.assert_array_equal(model.apply({"params": params}, tokens_BT), gpt2.GPT2(CONFIG).apply({"params": params}, tokens_BT))
+    np.testing.assert_array_equal(logits(model, params, tokens_BT), logits(gpt2.GPT2(CONFIG), params, tokens_BT))
     train = jax.jit(lambda key: model.apply({"params": params}, tokens_BT, train=True, rngs={"dropout": key}))
     a, b, again = train(jax.random.key(0)), train(jax.random.key(1)), train(jax.random.key(0))
     np.testing.assert_array_equal(a, again)
@@ -153,9 +165,8 @@ def test_dropout_is_off_unless_asked_for_and_keeps_the_mean(params):
 
 def test_bfloat16_compute_stays_near_float32_and_keeps_float32_parameters(params):
     model = gpt2.GPT2(override(CONFIG, {"compute_dtype": "bfloat16"}))
-    assert {x.dtype for x in jax.tree.leaves(gpt2.init(model, jax.random.key(0)))} == {jnp.dtype("float32")}
-    got = model.apply({"params": params}, tokens(2, 16))
-    full = gpt2.GPT2(CONFIG).apply({"params": params}, tokens(2, 16))
+    assert {x.dtype for x in jax.tree.leaves(shapes_of(model.config))} == {jnp.dtype("float32")}
+    got, full = (logits(m, params, tokens(2, 16)) for m in (model, gpt2.GPT2(CONFIG)))
     assert got.dtype == jnp.float32
     assert 1e-4 < float(jnp.abs(got - full).max()) < 0.05 * float(jnp.abs(full).max())
 

@@ -20,8 +20,12 @@ MODERN = {"activation": "swiglu", "n_kv_heads": 2, "tied_head": False, "biases":
 
 def model_and_params(**changes):
     model = gpt2.GPT2(ModelConfig(**{**vars(CONFIG), **changes}))
-    fresh = gpt2.init(model, jax.random.key(0))
-    return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+    def draw():
+        fresh = gpt2.init(model, jax.random.key(0))
+        return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+    return model, jax.jit(draw)()
 
 
 def dequantized(params):
@@ -59,9 +63,10 @@ def test_logits_are_those_of_the_rounded_weights(changes):
     model, params = model_and_params(**changes)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 20), 0, 256)
     rounded = int8(params)
-    ours, expected = (np.asarray(model.apply({"params": p}, tokens_BT))[..., :256] for p in (rounded, dequantized(rounded)))
+    logits = jax.jit(lambda p: model.apply({"params": p}, tokens_BT)[..., :256])
+    ours, expected = (np.asarray(logits(p)) for p in (rounded, dequantized(rounded)))
     np.testing.assert_allclose(ours, expected, atol=1e-3 * np.abs(expected).max())
-    assert np.abs(ours - model.apply({"params": params}, tokens_BT)[..., :256]).max() > 2e-3 * np.abs(expected).max()  # they are rounded
+    assert np.abs(ours - logits(params)).max() > 2e-3 * np.abs(expected).max()  # they are rounded
 
 
 def test_the_weights_of_124m_take_a_quarter_of_the_memory():
@@ -91,7 +96,7 @@ def test_text_from_the_cache_is_that_of_whole_passes():
 def test_eight_devices_give_the_logits_of_one():
     model, params = model_and_params()
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, 256)
-    expected = model.apply({"params": int8(params)}, tokens_BT)
+    expected = jax.jit(model.apply)({"params": int8(params)}, tokens_BT)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     spread = int8(jax.tree.map(jax.device_put, params, sharding.shardings(mesh, params)))
     values = spread["blocks"]["mlp"]["w_up_DF"].values
