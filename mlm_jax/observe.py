@@ -55,11 +55,12 @@ def compilation() -> Compilation:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Makes JAX keep every compiled program in `folder` and take it from there; JAX_COMPILATION_CACHE_DIR, where set, names another folder."""
+    """Makes JAX keep every compiled program in `folder` and take it from there, unless JAX's own environment variables say otherwise."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compilation_cache.reset_cache()  # that of a run before, in the same process
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 # ---- memory ----
