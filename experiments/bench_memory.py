@@ -2,16 +2,18 @@
 
 Run      python experiments/bench_memory.py --topology v5e:2x4        (needs libtpu: pip install "jax[tpu]"); without: the devices at hand
 Work     the step of `mlm-jax train`, compiled and not run, laid out over the devices as a run lays it out. With a topology by default GPT-2 124M
-         in bfloat16 with FSDP 8, 8 x 1,024 tokens on each of 8 chips; without, in float32 on one device. About a minute for each row on a core
-Columns  GiB on one device: state and batch (arguments); of which the step writes the new state over the old (alias); what it needs beside them
-         (temporaries); the peak, which is arguments, results and temporaries without what is shared. In brackets the change from the first row
-Result   see README.md. Believe the table of a TPU: on a CPU XLA merges what `model.remat` computes again with the first computation where it
-         can, and orders operations for speed; and pinned_host, where remat = offload puts activations, is there the same memory
+         in bfloat16 with FSDP, 64 x 1,024 tokens, so 8 rows on each chip of v5e:2x4; without, 8 x 1,024 in float32 on the first device. A
+         row takes one to two minutes on a core
+Columns  GiB on one device: state and batch (arguments); what of the new state is written over the old (alias); what the step needs beside them
+         (temporaries); the peak, arguments, results and temporaries, what is shared counted once; temporaries in the host's memory
+Result   see README.md. Believe the table of a TPU: on a CPU, XLA merges what `model.remat` computes again with the first computation where it
+         can, and the host's memory is the device's
 """
 
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -106,20 +108,20 @@ def main() -> None:
     size = {} if found.config.model.vocab_size else {"model.vocab_size": VOCAB_SIZE}
     base = override(found.config, size | (TPU if args.topology else HERE) | parse_set(args.set))
     devices = tpu(args.topology) if args.topology else jax.devices()[:1]
-    print(
-        f"{base.name}, {base.train.batch_size} x {base.model.context_len} tokens on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}\n"
-    )
-    print("| GiB on a device | arguments | written over | temporaries | peak | host |\n|---|---|---|---|---|---|", flush=True)
+    work = f"{base.train.batch_size} x {base.model.context_len} tokens in {base.model.compute_dtype}"
+    print(f"{base.name}, {work} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}\n")
+    print("| GiB on a device | arguments | written over | temporaries | peak | on the host |\n|---|---|---|---|---|---|", flush=True)
     for row in args.rows:
         started = time.monotonic()
         try:
             got = measure(override(base, ROWS[row]), devices, found.build)
             cells = [f"{size / 2**30:.2f}" for size in (got.arguments, got.alias, got.temporaries, got.peak, got.host)]
-        except jax.errors.JaxRuntimeError as e:  # it does not fit
+        except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-            cells = [" ".join(str(e).split())[:200]] + [""] * 4
-        print(f"| {row} | {' | '.join(cells)} |  <!-- {time.monotonic() - started:.0f} s -->", flush=True)
+            cells = ["does not fit: " + " ".join(str(e).split())[:200], "", "", "", ""]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+        print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
