@@ -236,6 +236,23 @@ def test_every_field_that_an_optimizer_reads_is_heeded():
     equals_reference(OptimConfig(name="muon", muon_momentum=0.6, **CONSTANT), muon_by_hand(0.6))
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_every_optimizer_is_given_clipped_gradients_and_scaled_by_the_schedule(name):
+    config = OptimConfig(name=name, **CONSTANT)
+    plain, scheduled = (
+        optim.optimizer(override(config, changes), 4) for changes in ({}, {"clip_norm": 1.0, "schedule": "linear", "end_lr": 0.0, "warmup_steps": 2})
+    )
+    params = random_tree(0)
+    states = [plain.init(params), scheduled.init(params)]
+    for t, lr in enumerate((0.05, 0.1, 0.05)):  # a line up to 0.1 in 2 steps and down to 0 in 2
+        gradients = random_tree(t + 1, std=(10.0, 1e-3, 1.0)[t])
+        norm = np.sqrt(sum((x**2).sum() for x in named(gradients).values()))
+        clipped = jax.tree.map(lambda g, norm=norm: g / np.float32(max(norm, 1.0)), gradients)
+        expected, states[0] = jax.jit(plain.update)(clipped, states[0], params)
+        got, states[1] = jax.jit(scheduled.update)(gradients, states[1], params)
+        jax.tree.map(lambda a, b, lr=lr: np.testing.assert_allclose(a, lr / 0.1 * b, rtol=1e-4, atol=1e-6), got, expected)
+
+
 @pytest.mark.parity
 def test_adamw_and_adafactor_are_those_of_pytorch():
     import torch

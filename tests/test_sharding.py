@@ -17,18 +17,18 @@ from mlm_jax.train import init_state, make_train_step
 CONFIG = ModelConfig(vocab_size=64, context_len=16, n_layers=2, n_heads=8, d_model=32, d_ff=64)
 
 
-def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 10):
+def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 10, model_config: ModelConfig = CONFIG, train_config: TrainConfig = TrainConfig()):  # noqa: B008
     """(losses, final parameters) of a few training steps on a mesh."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
     # eps: Adam divides a gradient near zero by its own size, and would show the order of summation as if it were a difference.
     config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)
-    model, tx = gpt2.GPT2(CONFIG), optim.optimizer(config, steps)
+    model, tx = gpt2.GPT2(model_config), optim.optimizer(config, steps)
     with jax.sharding.set_mesh(mesh):
         shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
         state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-        step = jax.jit(make_train_step(model, tx, TrainConfig()), out_shardings=(shardings, None))
+        step = jax.jit(make_train_step(model, tx, train_config), out_shardings=(shardings, None))
         losses = []
-        rows = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
+        rows = np.random.default_rng(0).integers(0, model_config.vocab_size, (8, 17)).astype(np.int32)
         for _ in range(steps):
             state, measured = step(state, sharding.put_rows(lambda a, b: rows[a:b], rows.shape, np.int32, mesh))
             losses.append(float(measured["loss"]))
@@ -59,6 +59,32 @@ def test_eight_devices_train_as_one_does(one_device, sizes):
     for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(one_device[1]), strict=True):
         if path[-1].key != "b_k_KH":  # its true gradient is zero, so Adam amplifies rounding
             np.testing.assert_allclose(got, expected, atol=1e-4 * float(jnp.abs(expected).max()), err_msg=jax.tree_util.keystr(path))
+
+
+ALL_AT_ONCE = {"model": {"remat": "full"}, "train": {"micro_batches": 2, "loss_chunks": 4}}
+
+
+@pytest.mark.parametrize("saving", [{"model": {}, "train": {}}, pytest.param(ALL_AT_ONCE, marks=pytest.mark.slow)], ids=["plain", "saving memory"])
+def test_a_vocabulary_padded_for_the_mesh_trains_as_the_bare_one_on_one_device(saving):
+    bare = override(CONFIG, {"vocab_size": 61})
+    losses, params = curve(MeshConfig(), 1, model_config=bare)
+    padded = override(bare, {"vocab_multiple": 8, **saving["model"]})
+    mesh = MeshConfig(data=1, fsdp=4, tensor=2)
+    got, split = curve(mesh, 8, model_config=padded, train_config=override(TrainConfig(), saving["train"]))
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    table = split["w_token_VD"]
+    assert table.shape == (64, 32) and table.sharding.spec == P("tensor", "fsdp") and not np.asarray(table)[61:].any()
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(split | {"w_token_VD": table[:61]}), jax.tree.leaves(params), strict=True):
+        if path[-1].key != "b_k_KH":
+            np.testing.assert_allclose(x, y, atol=1e-4 * float(jnp.abs(y).max()), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 2, 1, 2, 2)], ids=str)
+def test_a_mesh_gives_the_same_bits_every_time(sizes):
+    first, again = (curve(MeshConfig(**dict(zip(AXES, sizes, strict=False))), 8) for _ in range(2))
+    assert first[0] == again[0]
+    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
 
 
 def test_parameters_and_moments_are_split_by_their_names():
