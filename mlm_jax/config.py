@@ -268,7 +268,7 @@ class TrainConfig:
     micro_batches: int = 1  # parts of the batch whose gradients are added up before a step: less memory, the same step
     ramp_from: int = 0  # the batch size at the start, doubled at even intervals until it is batch_size (Smith et al. 2018, section 3); 0: no ramp
     ramp_steps: int = 0  # the step from which the batch has its full size
-    skip_sigmas: float = 6.0  # a step whose loss or gradient norm is so many deviations above the last 128 is skipped; 0: only where not finite
+    skip_sigmas: float = 6.0  # a step whose loss or log gradient norm is so many deviations above the last 128 is skipped; 0: if not finite
     max_skips: int = 20  # steps skipped in a row after which the run ends
     debug: bool = False  # waits for every step, and says which array of which layer was the first that was not finite
     label_smoothing: float = 0.0  # the share of the target that all of the vocabulary shares evenly (Szegedy et al. 2016, section 7)
