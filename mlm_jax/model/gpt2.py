@@ -85,9 +85,9 @@ class Attention(nn.Module):
         w_v_DKH, b_v_KH = self.param("w_v_DKH", init, (D, K, H)), self.bias("b_v_KH", (K, H))
         w_out_NHD, b_out_D = self.param("w_out_NHD", normal(residual_std(c)), (N, H, D)), self.bias("b_out_D", (D,))
 
-        q_BTNH = plus(einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH), b_q_NH)
-        k_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH), b_k_KH)
-        v_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH), b_v_KH)
+        q_BTNH = plus(einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH, matmul=c.matmul), b_q_NH)
+        k_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH, matmul=c.matmul), b_k_KH)
+        v_BTKH = plus(einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH, matmul=c.matmul), b_v_KH)
         if c.qk_norm:
             q_BTNH = (rms(q_BTNH, c.norm_eps) * self.param("scale_q_H", nn.initializers.ones, (H,))).astype(dtype)
             k_BTKH = (rms(k_BTKH, c.norm_eps) * self.param("scale_k_H", nn.initializers.ones, (H,))).astype(dtype)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if context.train and c.dropout else None,
         )
         mixed_BNTH = checkpoint_name(mixed_BNTH, "attention")  # what two policies of `remat` keep
-        return plus(einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD), b_out_D)
+        return plus(einsum("BNTH,NHD->BTD", mixed_BNTH, w_out_NHD, matmul=c.matmul), b_out_D)
 
     def bias(self, name: str, shape: tuple[int, ...]) -> Array | None:
         return self.param(name, nn.initializers.zeros, shape) if self.config.biases else None
@@ -140,15 +140,15 @@ class Mlp(nn.Module):
         b_up_F = self.param("b_up_F", nn.initializers.zeros, (F,)) if c.biases else None
         w_down_FD = self.param("w_down_FD", normal(residual_std(c)), (F, D))
         b_down_D = self.param("b_down_D", nn.initializers.zeros, (D,)) if c.biases else None
-        h_BTF = plus(einsum("BTD,DF->BTF", x_BTD, w_up_DF), b_up_F)
+        h_BTF = plus(einsum("BTD,DF->BTF", x_BTD, w_up_DF, matmul=c.matmul), b_up_F)
         if c.activation == "swiglu":
             w_gate_DF = self.param("w_gate_DF", normal(hidden_std(c)), (D, F))
-            h_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, w_gate_DF)) * h_BTF
+            h_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, w_gate_DF, matmul=c.matmul)) * h_BTF
         elif c.activation == "relu2":
             h_BTF = jnp.square(jax.nn.relu(h_BTF))
         else:
             h_BTF = jax.nn.gelu(h_BTF, approximate=c.activation == "gelu_tanh")
-        return plus(einsum("BTF,FD->BTD", h_BTF, w_down_FD), b_down_D)
+        return plus(einsum("BTF,FD->BTD", h_BTF, w_down_FD, matmul=c.matmul), b_down_D)
 
 
 class Block(nn.Module):
@@ -293,7 +293,8 @@ def remat(config: ModelConfig, call: Callable[..., Any]) -> Callable[..., Any]:
         policy = {
             "full": policies.nothing_saveable,
             # Products with weights have no batch axes, those of queries, keys and values have: scores and probabilities, which grow as T S, go.
-            "dots": policies.dots_with_no_batch_dims_saveable,
+            # In 8 bits a product is an int32 before it is scaled: kept is what comes of it, in the compute dtype.
+            "dots": policies.dots_with_no_batch_dims_saveable if config.matmul == "full" else policies.save_only_these_names("product"),
             "attention": policies.save_only_these_names("attention"),
         }[config.remat]
     # Within a loop the compiler cannot merge the second computation with the first; where the loop is unrolled it would, and keep all,

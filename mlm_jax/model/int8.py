@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from mlm_jax.model import low_precision
+
 LARGEST = 127
 BASE = 128  # of the digits of an activation: the higher in -127..127, the lower in -64..63
 
@@ -75,9 +77,17 @@ def int8(params: Any) -> Any:
     return jax.jit(lambda params: jax.tree_util.tree_map_with_path(of, params))(params)
 
 
-def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any = None) -> Float[Array, "..."]:
-    """`jnp.einsum` of activations and a weight, computed in the dtype of `x` and returned in it, or in `dtype`."""
+def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any = None, matmul: str = "full") -> Float[Array, "..."]:
+    """`jnp.einsum` of activations and a weight, computed in the dtype of `x` and returned in it, or in `dtype`.
+
+    `matmul` is that of the configuration: how a weight that is no Int8 yet is multiplied.
+
+    Raises:
+      InputError: `matmul` needs a library that is not installed.
+    """
     if not isinstance(w, Int8):
+        if matmul != "full":
+            return low_precision.einsum(letters, x, w, matmul)
         return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=dtype)
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     x_summed = tuple(left.index(letter) for letter in left if letter in right)
