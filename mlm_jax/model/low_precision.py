@@ -1,6 +1,6 @@
 """Products with weights in 8 bits while training, through qwix: forward and backward, on units that do twice the work of bfloat16's.
 
-The rounding has its cost, so that this pays for wide models alone: README.md has the planned cycles.
+Rounding has its cost, and at GPT-2's width the step is planned to become slower: README.md has the cycles.
 
 Each operand is rounded as it is, at every step: divided by the largest entry along what a product sums over (one scale for each token, one
 for each output channel), then to the nearest int8, or to the nearest float8. The products of the blocks are so; the scores of attention, the
