@@ -18,7 +18,7 @@ T = TypeVar("T")
 POSITIONS = ("learned", "rotary", "none")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu2", "swiglu")
-ATTENTIONS = ("auto", "reference", "xla", "cudnn", "splash", "flash")
+ATTENTIONS = ("auto", "reference", "blocked", "xla", "cudnn", "splash", "flash")
 REMATS = ("none", "full", "dots", "attention", "offload")
 OPTIMIZERS = {  # name -> the fields of OptimConfig that it reads and not all do
     "adamw": ("b1", "b2", "eps"),

@@ -8,6 +8,7 @@ leave out. `GPT2(config).apply({"params": params}, tokens_BT)` gives logits_BTV.
 default; a change of structure subclasses a part in the experiment's own file (`experiments/parallel_block.py`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,8 @@ class Mlp(nn.Module):
         elif c.activation == "relu2":
             h_BTF = jnp.square(jax.nn.relu(h_BTF))
         else:
-            h_BTF = jax.nn.gelu(h_BTF, approximate=c.activation == "gelu_tanh")
+            # The backward pass computes it again from its input, one array; without, it would keep five more of the widest that a block has.
+            h_BTF = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=c.activation == "gelu_tanh"), prevent_cse=c.unroll_layers)(h_BTF)
         return plus(einsum("BTF,FD->BTD", h_BTF, w_down_FD), b_down_D)
 
 
