@@ -28,7 +28,7 @@ import numpy as np
 
 SIZES = {"toy": (2, 2, 32), "124M": (12, 12, 768), "355M": (24, 16, 1024)}  # layers, heads, width
 VOCAB = 50_257
-OPTIM = {"peak_lr": 3e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
+OPTIM: dict[str, Any] = {"peak_lr": 3e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
 OURS, STOCK, KEEPING = "mlm_jax", "PyTorch", "PyTorch keeping freed memory"
 CHECKED = 3  # steps whose losses are compared
 LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}  # of their difference, in nats
@@ -92,7 +92,7 @@ def ours(work: Work, folder: Path) -> tuple[Run, dict[str, Any]]:
     step = jax.jit(make_train_step(model, tx, config.train), out_shardings=(shardings, None), donate_argnums=0).lower(abstract, tokens).compile()
     done = 0
 
-    def run(_: str, steps: int) -> list[float]:
+    def run(precision: str, steps: int) -> list[float]:
         nonlocal state, done
         losses = []
         for _ in range(steps):
@@ -117,7 +117,8 @@ def theirs(work: Work, folder: Path, threads: int) -> tuple[Run, dict[str, Any]]
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     without = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    model: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", **without).train().to(device)
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", **without)
+    model = model.train().to(device)
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for parameter in model.parameters():
         groups[parameter.dim() > 1].append(parameter)
@@ -282,7 +283,7 @@ def main() -> None:
     arguments.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     args = arguments.parse_args()
     sizes, batches = args.size or ["124M"], args.batch or ["4x128", "2x1024"]
-    works = [Work(size, *map(int, batch.split("x")), tuple(args.set)) for size in sizes for batch in batches]
+    works = [Work(size, int(rows), int(T), tuple(args.set)) for size in sizes for rows, T in (batch.split("x") for batch in batches)]
     if args.side:
         return serve(args.side[0], works[0], Path(args.side[1]), args.threads)
     torch = not args.alone and importlib.util.find_spec("torch") is not None
