@@ -90,9 +90,10 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:  # the GNU C library
-        m_trim_threshold, m_mmap_max = -1, -4
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+        mallopt(m_arena_max, 1)  # else what a thread of XLA asks for, if it is large, is not from the heap and goes back
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)  # without a limit, which an int of bytes would be
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from mlm_jax.sharding import constrain, mesh_axes, spec
 
 LANES = 128  # width of a TPU's vector unit: its kernels work on blocks of a multiple of it
 MAX_BLOCK = 1024  # the splash kernel at this size leaves least to do around it, of 128 to 1024
+QUERIES = 256  # in a block of `blocked`: of 1,024 positions it then computes 10 sixteenths of the square, in products that are still large
 _INTERPRETED = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -62,8 +63,9 @@ def attention(
 
     N / K neighbouring query heads share a key and value head. `dropout` zeroes that share of the probabilities where a key is given.
 
-    `implementation` is reference; xla or cudnn, JAX's own; splash or flash, Pallas kernels for TPUs; or auto, the fastest that can do
-    the call. A call that continues a cache is no work for a kernel: it goes to the reference, whichever of them is named.
+    `implementation` is reference; blocked, which leaves out keys that no query of a block sees; xla or cudnn, JAX's own; splash or flash,
+    Pallas kernels for TPUs; or auto, the fastest that can do the call. A call that continues a cache is no work for a kernel: it goes to the
+    reference, whichever of them is named.
 
     Raises:
       InputError: the implementation cannot do the call.
@@ -73,7 +75,8 @@ def attention(
     if visibility.start is not None and implementation != "xla":
         implementation = "reference"
     elif implementation == "auto":
-        implementation = next(name for name in ("splash", "cudnn", "reference") if not obstacle(name, q_BNTH, k_BKSH, visibility, dropped))
+        names = ("splash", "cudnn", "blocked" if hardware()[0] == "cpu" else "reference", "reference")
+        implementation = next(name for name in names if not obstacle(name, q_BNTH, k_BKSH, visibility, dropped))
     if refusal := obstacle(implementation, q_BNTH, k_BKSH, visibility, dropped):
         raise InputError("model.attention", implementation, *refusal)
     if positions_split():
@@ -82,6 +85,8 @@ def attention(
         return from_jax(q_BNTH, k_BKSH, v_BKSH, visibility, scale=scale, implementation=implementation)
     if implementation in ("splash", "flash"):
         return on_each_device(splash if implementation == "splash" else flash, q_BNTH, k_BKSH, v_BKSH, visibility, scale=scale)
+    if implementation == "blocked":
+        return blocked(q_BNTH, k_BKSH, v_BKSH, visibility, scale=scale)
     return reference(q_BNTH, k_BKSH, v_BKSH, visibility, scale=scale, dropout=dropout, dropout_key=dropout_key)
 
 
@@ -96,12 +101,14 @@ def obstacle(implementation: str, q_BNTH: Array, k_BKSH: Array, visibility: Visi
         return None
     auto = "model.attention = auto"
     platform, capability = hardware()
-    if platform != ("gpu" if implementation == "cudnn" else "tpu"):
+    if implementation != "blocked" and platform != ("gpu" if implementation == "cudnn" else "tpu"):
         return f"it runs on {'an NVIDIA GPU' if implementation == 'cudnn' else 'a TPU'}, this is a {platform.upper()}", f"Set {auto}"
     if T != S:
         return f"it compares positions with themselves, here are {T} queries and {S} keys", f"Set {auto}"
     if (parts := positions_split()) > 1:
         return f"it needs all positions on one device, the mesh splits them in {parts}", f"Set mesh.context = 1, or {auto}"
+    if implementation == "blocked":
+        return None
     if implementation == "cudnn":
         widest = 256 if capability >= 9 else 128
         if capability < 8:
@@ -288,3 +295,17 @@ def reference(
         keep_BKGTS = jax.random.bernoulli(dropout_key, 1 - dropout, probs_BKGTS.shape)
         probs_BKGTS = jnp.where(keep_BKGTS, probs_BKGTS / (1 - dropout), 0)
     return jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS.astype(v_BKSH.dtype), v_BKSH).reshape(B, N, T, H)
+
+
+def blocked(
+    q_BNTH: Float[Array, "B N T H"], k_BKSH: Float[Array, "B K T H"], v_BKSH: Float[Array, "B K T H"], visibility: Visibility, *, scale: float
+) -> Float[Array, "B N T H"]:
+    """`attention` by the reference, one block of queries after the other, where causal each with the keys up to its last query alone."""
+    T, mixed = q_BNTH.shape[2], []
+    for first in range(0, T, QUERIES):
+        queries = slice(first, first + QUERIES)
+        keys = slice(first + QUERIES if visibility.causal else T)
+        segments = visibility.segments and (visibility.segments[0][:, queries], visibility.segments[1][:, keys])
+        seen = Visibility(visibility.causal, jnp.int32(first), *(segments or ()))
+        mixed.append(reference(q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], seen, scale=scale))
+    return jnp.concatenate(mixed, axis=2)

@@ -85,11 +85,18 @@ def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any 
     Raises:
       InputError: `matmul` needs a library that is not installed.
     """
+    (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     if not isinstance(w, Int8):
         if matmul != "full":
             return low_precision.einsum(letters, x, w, matmul)
-        return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=dtype)
-    (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
+        w = w.astype(x.dtype)
+        if not (out.startswith("BT") and jax.sharding.get_abstract_mesh().size == 1):
+            return jnp.einsum(letters, x, w, preferred_element_type=dtype)
+        # Nothing splits B or T, so they can be one axis, Z. Over two a gradient's sum has XLA transpose copies of its operands on a CPU.
+        t = left.index("T")
+        x, left = jnp.moveaxis(x, t, 1), left.replace("T", "")[1:]
+        y = jnp.einsum(f"Z{left},{right}->Z{out[2:]}", x.reshape(-1, *x.shape[2:]), w, preferred_element_type=dtype)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
     x_summed = tuple(left.index(letter) for letter in left if letter in right)
     w_summed = tuple(right.index(letter) for letter in right if letter in left)
     scale = w.scale.squeeze(w_summed)

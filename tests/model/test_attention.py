@@ -22,7 +22,7 @@ from mlm_jax.model.attention import Visibility, attention, interpreted
 from mlm_jax.objectives import cross_entropy
 from mlm_jax.sharding import make_mesh, spec
 
-FAST = ("xla", "splash", "flash")  # those that run on a CPU
+FAST = ("xla", "blocked", "splash", "flash")  # those that run on a CPU
 
 
 def qkv(T: int, S: int):
@@ -100,7 +100,8 @@ def assert_equals_reference(implementation: str, scale: float | None = None, **h
     ids=lambda how: "-".join(how) or "plain",
 )
 def test_output_and_gradients_equal_the_references(monkeypatch, implementation, how):
-    monkeypatch.setattr(module, "MAX_BLOCK", 128)  # two blocks: some are all visible, some partly, some not at all
+    for name in ("MAX_BLOCK", "QUERIES"):
+        monkeypatch.setattr(module, name, 128)  # two blocks: some are all visible, some partly, some not at all
     assert_equals_reference(implementation, scale=0.3, **how)
 
 
@@ -132,7 +133,8 @@ def test_bfloat16_stays_within_two_units_of_its_precision_of_float32(implementat
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_what_a_query_does_not_see_changes_nothing_bit_for_bit(monkeypatch, implementation):
-    monkeypatch.setattr(module, "MAX_BLOCK", 128)
+    for name in ("MAX_BLOCK", "QUERIES"):
+        monkeypatch.setattr(module, name, 128)
     arrays, _ = case()
     segments = jnp.broadcast_to(jnp.arange(256) >= 100, (2, 256)).astype(jnp.int32)
     visibility = Visibility(q_segments_BT=segments, k_segments_BS=segments)
@@ -153,7 +155,7 @@ def test_eight_devices_compute_what_one_does_each_on_its_rows_and_heads(implemen
         together = outputs_and_gradients(implementation, arrays, visibility)
     for one, eight in zip(alone, together, strict=True):
         np.testing.assert_allclose(one, eight, rtol=0, atol=1e-6)
-    if implementation != "xla":  # the compiler splits that as it likes
+    if implementation not in ("xla", "blocked"):  # the compiler splits those as it likes
         assert {shard.data.shape for shard in together[0].addressable_shards} == {(1, 2, 128, 16)}
 
 
@@ -287,6 +289,14 @@ def test_a_named_implementation_that_cannot_do_the_call_is_refused_in_one_line(m
     shape_of_call("auto", options, **how)  # the remedy works
 
 
+def test_blocked_multiplies_no_query_with_the_keys_after_its_block(monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", 64)
+    q, k, v, _ = case()[0]
+    multiplied = str(jax.make_jaxpr(lambda *x: attention(*x, Visibility(), implementation="blocked"))(q, k, v))
+    scores = re.findall(r"f32\[2,4,1,(\d+),(\d+)\] = dot_general", multiplied)  # the products with the values have 16 for keys
+    assert [tuple(map(int, found)) for found in scores if found[1] != "16"] == [(64, 64), (64, 128), (64, 192), (64, 256)]
+
+
 def test_keys_that_are_not_the_queries_positions_are_refused_by_a_kernel():
     q, k, v = qkv(128, 256)
     with interpreted(), pytest.raises(InputError, match="here are 128 queries and 256 keys"):
@@ -304,7 +314,8 @@ def test_a_mesh_that_does_not_divide_the_call_is_refused_by_a_kernel_and_taken_b
 
 
 CHOICES = {
-    "a CPU": (("cpu", 0.0), {}, {}, "reference"),
+    "a CPU": (("cpu", 0.0), {"segmented": True}, {}, "blocked"),
+    "a CPU, dropout": (("cpu", 0.0), {}, {"dropout": 0.1}, "reference"),
     "a TPU": (("tpu", 0.0), {}, {}, "splash"),
     "a TPU, bfloat16, segments, shared keys": (("tpu", 0.0), {"dtype": "bfloat16", "segmented": True, "K": 1}, {}, "splash"),
     "a TPU, an odd length": (("tpu", 0.0), {"T": 100}, {}, "reference"),
@@ -330,7 +341,7 @@ def taken(monkeypatch) -> list[str]:
 
         return record
 
-    for name in ("reference", "splash", "flash", "from_jax"):
+    for name in ("reference", "blocked", "splash", "flash", "from_jax"):
         monkeypatch.setattr(module, name, stand_in(name))
     return calls
 

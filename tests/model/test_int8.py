@@ -41,6 +41,28 @@ def test_a_weight_is_rounded_by_the_largest_entry_of_its_channel():
     np.testing.assert_allclose(w.astype(jnp.float32), [[1.0, 0, -0.3], [-2.54, 0, 42 * 0.3 / 127]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("letters", "x_shape", "w_shape"),
+    [("BTD,DNH->BTNH", (3, 5, 4), (4, 2, 6)), ("BNTH,NHD->BTD", (3, 2, 5, 6), (2, 6, 4)), ("BTD,VD->BTV", (3, 5, 4), (7, 4))],
+)
+def test_on_one_device_a_product_and_its_gradients_are_numpys_and_sum_over_one_axis_of_tokens(letters, x_shape, w_shape):
+    draw = np.random.default_rng(0)
+    x, w = (draw.normal(size=shape).astype(np.float32) for shape in (x_shape, w_shape))
+    (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
+    y, pull = jax.vjp(lambda x, w: einsum(letters, x, w), x, w)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        y_one, pull_one = jax.vjp(lambda x, w: einsum(letters, x, w), x, w)
+        cotangent = draw.normal(size=y.shape).astype(np.float32)
+        dx, dw = pull_one(cotangent)
+        text = str(jax.make_jaxpr(lambda dy: pull_one(dy)[1])(cotangent))
+    np.testing.assert_allclose(y_one, np.einsum(letters, x, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, np.einsum(f"{out},{right}->{left}", cotangent, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum(f"{left},{out}->{right}", x, cotangent), rtol=1e-5, atol=1e-5)
+    assert "dimension_numbers=(([0], [0]), ([], []))" in text and "dimension_numbers=(([0, 1], [0, 1])" not in text
+    for one, many in zip((dx, dw), pull(cotangent), strict=True):
+        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("letters", "x_shape", "w_shape", "summed"), [
     ("BTD,DF->BTF", (2, 3, 16), (16, 8), (0,)),
     ("BTD,DNH->BTNH", (2, 3, 16), (16, 4, 6), (0,)),
