@@ -37,7 +37,7 @@ OFF = {
     "mup_base_width": 0,
 }
 SHAPE = {"vocab_size", "context_len", "n_layers", "n_heads", "d_model", "d_ff"}
-NUMERICS = {"dropout", "norm_eps", "init_std", "compute_dtype", "attention", "unroll_layers", "remat"}  # no other model; tests of their own
+NUMERICS = {"dropout", "norm_eps", "init_std", "compute_dtype", "attention", "matmul", "unroll_layers", "remat"}  # no other model; tests of their own
 
 SWITCHES = {
     "rotary": {"position": "rotary"},
