@@ -223,7 +223,7 @@ def _run(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
-    made.check_devices()
+    made.check(profile=args.profile)
     for stage in STAGES:
         getattr(made, stage)(**({"profile": args.profile, "wandb": args.wandb} if stage == "train" else {}))
     exported = ", hf/" if (made.folder / "hf").is_dir() else ""
@@ -239,7 +239,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     made = _run(args)
-    made.check_devices()
+    made.check(profile=args.profile)
     made.prepare()
     made.train(profile=args.profile, wandb=args.wandb)
     return {"run": str(made.folder), "step": made.config.train.steps}

@@ -312,7 +312,7 @@ class TrainConfig:
             "train.ramp_steps",
             self.ramp_steps,
             f"{doublings} sizes before the last do not fit into so many of train.steps = {self.steps}",
-            f"Give a value from {doublings} to {self.steps}",
+            f"Give a value from {doublings} to {self.steps}" if doublings <= self.steps else "Train for more steps, or begin with a larger batch",
         )
         for size in self.batch_sizes:
             _check(

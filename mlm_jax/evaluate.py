@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mlm_jax import objectives, sharding
+from mlm_jax.config import TrainConfig
 from mlm_jax.data.batches import ValidationWindows, validation_windows
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.data.tokens import Tokens, open_tokens, read_manifest
@@ -20,13 +21,12 @@ XZ_BYTES = 64 << 20  # xz -9 looks back 64 MiB (its dictionary), and takes a min
 EvalStep = Callable[[Any, Any, Any], Array]
 
 
-def make_eval_step(model: Any) -> EvalStep:
-    """A jitted (params, tokens_BW, weights_BT) -> summed nats of the targets that count."""
+def make_eval_step(model: Any, config: TrainConfig = TrainConfig()) -> EvalStep:  # noqa: B008  # it is frozen
+    """A jitted (params, tokens_BW, weights_BT) -> summed nats of the targets that count; the logits are made in `config.loss_chunks` parts."""
 
     def eval_step(params: Any, tokens_BW: Int[Array, "B W"], weights_BT: Float[Array, "B T"]) -> Float[Array, ""]:
         examples = objectives.causal(tokens_BW)
-        logits_BTV = model.apply({"params": params}, examples.inputs_BT)
-        return (objectives.cross_entropy(logits_BTV, examples.targets_BT) * weights_BT).sum()
+        return (objectives.model_losses(model, params, examples, config).nats_BT * weights_BT).sum()
 
     return jax.jit(eval_step)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
+import os
+import re
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5p": 459e12,
@@ -29,6 +32,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA A10": 125e12,
@@ -50,7 +54,9 @@ MEASURED = frozenset(
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of one device; None where it is not known (a CPU, say)."""
-    matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    if "Laptop" in device_kind:  # with the name of a card that is quicker
+        return None
+    matches = [name for name in PEAK_FLOPS if re.match(rf"{name}(?![0-9A-Za-z])", device_kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -88,8 +94,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
-        purge_step, suffix = resume_at + 1 if resume_at else None, f".{resume_at}"  # without one, two files of the same second were one
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix, flush_secs=30)
+        suffix = f".{resume_at}.{os.getpid()}"  # without one, two files of the same second were one
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_at + 1, filename_suffix=suffix, flush_secs=30)
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds one row; a thread of the writer puts it on disk."""
@@ -103,7 +109,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same figures at Weights & Biases: a run of `project` that goes on where this one does."""
+    """The same figures at Weights & Biases: one run of `project`, also over restarts; steps that are taken again stand there twice."""
 
     def __init__(self, project: str, config: Config, run: Path) -> None:
         """Raises: InputError: the library is not installed, or does not start."""
@@ -111,13 +117,14 @@ class Wandb:
             import wandb  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError as e:
             raise InputError("--wandb", project, "Weights & Biases is not installed", 'pip install -e ".[wandb]", or leave --wandb out') from e
-        same = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the directory is the run
+        path = run / "wandb_id"
+        same = path.read_text() if path.is_file() else secrets.token_hex(8)
+        values = dataclasses.asdict(config)
         try:
-            self._run = wandb.init(
-                project=project, name=config.name, id=same, resume="allow", dir=str(run), config=dataclasses.asdict(config), settings={"silent": True}
-            )
+            self._run = wandb.init(project=project, name=config.name, id=same, resume="allow", dir=str(run), config=values, settings={"silent": True})
         except Exception as e:
             raise InputError("--wandb", project, f"does not start ({e})", "Run `wandb login`, set WANDB_MODE=offline, or leave --wandb out") from e
+        path.write_text(same)
         self._run.define_metric("*", step_metric="step")  # its own count of rows cannot go back to a checkpoint
 
     def write(self, row: dict[str, Any]) -> None:

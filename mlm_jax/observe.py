@@ -144,6 +144,9 @@ class Profile(NamedTuple):
         """The steps that FIRST:LAST says. Raises InputError unless it does, within `least` to `most`."""
         first, _, last = text.partition(":")
         if not (first.isdecimal() and last.isdecimal() and least <= int(first) <= int(last) <= most):
-            left = f"within the steps that are to come, {least} to {most}" if least <= most else "of steps to come: there are none"
-            raise InputError("--profile", text, f"not FIRST:LAST {left}", "Write, for example, 10:13, both included")
+            if least > most:
+                raise InputError("--profile", text, "there are no steps to come", "Leave it out, or start another run with --out")
+            example = f"{min(least + 9, most)}:{min(least + 12, most)}"
+            reason = f"not FIRST:LAST within the steps that are to come, {least} to {most}"
+            raise InputError("--profile", text, reason, f"Write, for example, {example}, both included")
         return cls(int(first), int(last))

@@ -77,9 +77,14 @@ class Run:
         if changed:
             self.say(f"note: {', '.join(changed)} changed since the run was started; the configuration is the same, so it goes on")
 
-    def check_devices(self) -> None:
-        """Raises InputError where the devices at hand cannot share the work as the configuration says."""
+    def check(self, *, profile: str = "") -> None:
+        """Raises InputError where the devices at hand cannot share the work as the configuration says, or no steps of `profile` are to come."""
         training.check_batches(self.mesh, self.config)
+        self._traced(profile)
+
+    def _traced(self, profile: str) -> observe.Profile | None:
+        done = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
+        return observe.Profile.parse(profile, done + 1, self.config.train.steps) if profile else None
 
     def prepare(self) -> token_shards.Manifest:
         """Text to token shards; then the run's own files: configuration, provenance, tokenizer. Returns the manifest of the shards.
@@ -146,9 +151,8 @@ class Run:
         Raises:
           InputError: `profile` names no steps that are still to come.
         """
-        done, steps = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0), self.config.train.steps
-        traced = observe.Profile.parse(profile, done + 1, steps) if profile else None
-        if done < steps:
+        traced, done = self._traced(profile), max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
+        if done < self.config.train.steps:
             model = self.experiment.build(self.config.model)
             training.train(self.config, model, self.tokens, self.folder, profile=traced, wandb=wandb)
 

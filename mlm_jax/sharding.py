@@ -4,6 +4,7 @@ A parameter's name ends in its axes ("w_up_DF"), and so do optimizer moments, wh
 annotated. The role is the name's prefix: w_ weight, b_ bias, scale_ gain.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,15 +87,16 @@ def _hybrid(mesh: Mesh | AbstractMesh, axis: str, fit: int) -> str:
     return f"mesh.{AXES[axis]} = {fit} and mesh.data = {mesh.shape['data'] * mesh.shape[axis] // fit}"
 
 
-def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, context_len: int, micro_batches: int = 1) -> None:
-    """Raises InputError where `mesh` cannot share out `micro_batches` parts of `batch_size` rows of `context_len` positions evenly."""
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, context_len: int, micro_batches: int = 1, *, field: str = "train.batch_size") -> None:
+    """Raises InputError where `mesh` cannot share out `micro_batches` parts of `batch_size` rows, which `field` says, of `context_len` positions."""
     rows, parts = (math.prod(mesh.shape[axis] for axis in RULES[letter]) for letter in "BT")
     if batch_size % (rows * micro_batches):
         each = rows * micro_batches
         near = " or ".join(str(n * each) for n in (batch_size // each, batch_size // each + 1) if n)
         reason = f"not a multiple of the {rows} devices along slices, data and fsdp"
         reason += f" times train.micro_batches = {micro_batches}" if micro_batches > 1 else ""
-        raise InputError("train.batch_size", batch_size, reason, f"Set it to {near}, or have {math.gcd(batch_size, rows)} along them")
+        fit = math.gcd(batch_size // math.gcd(batch_size, micro_batches), rows)
+        raise InputError(field, batch_size, reason, f"Set it to {near}, or have {fit} along them")
     if context_len % parts:
         fit = math.gcd(context_len, parts)
         reason = f"{parts} parts do not divide model.context_len = {context_len}, {fit} would"
@@ -196,8 +198,12 @@ def rows_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtype
 def put_rows(rows: Any, shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.Array:
     """A global batch on the mesh; `rows(start, stop)` is called for just the rows that this process's devices hold."""
 
+    @functools.cache  # devices that hold the same rows
+    def read(start: int, stop: int) -> np.ndarray:
+        return np.asarray(rows(start, stop), dtype)
+
     def local(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
-        return np.asarray(rows(start, stop), dtype)
+        return read(start, stop)
 
     return jax.make_array_from_callback(shape, rows_shape(shape, dtype, mesh).sharding, local)

@@ -142,23 +142,24 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
         jitted = jax.jit(make_train_step(model, tx, c, ema_decay=ema_decay), out_shardings=(shardings, None), donate_argnums=0)
         batch_shapes = {B: sharding.rows_shape((B, T + 1), jnp.int32, mesh) for B in sorted({c.batch_size_at(step) for step in range(done, c.steps)})}
         train_steps = {B: jitted.lower(abstract, shape).compile() for B, shape in batch_shapes.items()}
-        eval_step = make_eval_step(model)
+        eval_step = make_eval_step(model, c)
         lrs = jax.device_get(jax.jit(jax.vmap(optim.schedule(config.optim, c.steps)))(jnp.arange(c.steps)))
         compiled = observe.compilation().since(compiled_before)
         extra: dict[str, Any] = compiled._asdict()  # what else the row of the next step holds
         n_params, device = gpt2.n_params(shapes.params), jax.devices()[0].device_kind
         flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
-        recorder = line = None
-        if distributed.leads():  # one process writes
-            recorder = stack.enter_context(metrics.Recorder(run, config, resume_at=done, wandb=wandb))
-            line = metrics.Progress(c.steps, done)
+        # One process writes; where it cannot, none begins.
+        recorder = distributed.together(lambda: metrics.Recorder(run, config, resume_at=done, wandb=wandb) if distributed.leads() else None)
+        line = metrics.Progress(c.steps, done) if recorder else None
+        if recorder:
+            stack.enter_context(recorder)
 
         def say(words: str) -> None:
             if line:
                 line.note(words)
 
         say(f"{n_params:,} parameters on {mesh.size} x {device}; {f'going on from step {done}' if done else 'from scratch'}")
-        say(f"{compiled}; a step needs {observe.need(train_steps[c.batch_size])}")
+        say(str(compiled) + "".join(f"; a step needs {observe.need(train_steps[B])}" for B in list(train_steps)[-1:]))
 
         def write(given: observe.Dispatched) -> bool:
             """Waits for a step (the devices have the next one by then) and writes its figures down; returns whether they are finite."""
@@ -174,6 +175,7 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
             row |= extra
             extra = {}
             what = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            row |= {"n_skipped": n_skipped} if n_skipped else {}
             if skipped:
                 row["skipped"] = batches.starts(step - 1, 0, B)
                 say(f"step {step}: skipped, {what}; its batch begins at training tokens {shown(row['skipped'])}")
@@ -224,7 +226,7 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
             finite, given = write(given), None  # the step's own row comes before what follows from it
             if c.debug and not finite:  # the step changed nothing
                 first = guard.first_not_finite(model, state.params, batches(step - 1))
-                say(f"step {step}: the first that is not finite is {first or 'seen with dropout alone'}")
+                say(f"step {step}: the first that is not finite is {first or 'not met without dropout and what is added to the loss'}")
             if profile and step == profile.last:
                 trace.close()
                 say(f"step {step}: the trace of steps {profile.first} to {step} is in {run / 'profile'}")
@@ -232,7 +234,7 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
                 clock.lap("looking")
             if validate:
                 loss, *averaged = (
-                    mean_loss(eval_step, params, windows, mesh, batch_size=c.batch_size, at_most=c.eval_windows)[0]
+                    mean_loss(eval_step, params, windows, mesh, batch_size=c.batch_size // c.micro_batches, at_most=c.eval_windows)[0]
                     for params in (state.params, state.average)
                     if params is not None
                 )
@@ -244,11 +246,14 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
             if save:
                 checkpoints.save(step, state.params, progress(state))
                 extra = {"save_s": round(clock.lap("saving"), 6)}
-        say(f"trained {c.steps - done} steps in {clock}")
+        n_skipped = int(state.recent.skipped)
+        say(f"trained {c.steps - done} steps in {clock}" + (f"; {n_skipped} of {c.steps} steps were skipped" if n_skipped else ""))
     return state
 
 
 def check_batches(mesh: jax.sharding.Mesh, config: Config) -> None:
     """Raises InputError where the mesh cannot share out a batch evenly, at every size that it has on its way."""
-    for B in config.train.batch_sizes:
-        sharding.check_batch(mesh, B, config.model.context_len, config.train.micro_batches_of(B))
+    c = config.train
+    for B in c.batch_sizes[::-1]:
+        field = "train.batch_size" if c.batch_size == B else "train.ramp_from"
+        sharding.check_batch(mesh, B, config.model.context_len, c.micro_batches_of(B), field=field)

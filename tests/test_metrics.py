@@ -60,6 +60,11 @@ def scalars(folder):
 
 
 def test_tensorboard_has_every_number_once_over_a_restart(tmp_path):
+    killed = metrics.TensorBoard(tmp_path, resume_at=0)
+    killed.write({"step": 1, "loss": 99.0})
+    killed.close()
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / f"{file.name}.before")  # of another process
     first = metrics.TensorBoard(tmp_path, resume_at=0)
     for step in range(1, 6):
         first.write({"step": step, "loss": 10.0 - step, "skipped": [1, 2], "step_s": 0.5})
@@ -104,6 +109,10 @@ def test_weights_and_biases_gets_the_numbers_and_the_same_run_after_a_restart(tm
             recorder.write({"step": resume_at + 1, "loss": 2.5, "skipped": [3]})
     assert library.rows == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.5}] and library.ended == 2
     first, second = library.begun
+    other = tmp_path / "other"
+    other.mkdir()
+    metrics.Wandb("project", Config(name="test"), other).close()
+    assert library.begun.pop()["id"] != first["id"]
     assert first == second and (first["project"], first["name"], first["resume"]) == ("project", "test", "allow")
     assert first["config"]["train"]["steps"] == 1000 and first["dir"] == str(tmp_path)
     assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -143,7 +152,9 @@ def test_the_peak_of_a_device_is_that_of_the_longest_name_that_fits():
     assert metrics.peak_flops("TPU v5p") == 459e12
     assert metrics.peak_flops("TPU v5") == 459e12  # what JAX calls a v5p
     assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert metrics.peak_flops("cpu") is None
+    assert metrics.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12 and metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
+    for unknown in ("cpu", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "TPU v50"):  # not those of L4, of the card, of v5
+        assert metrics.peak_flops(unknown) is None
 
 
 def test_the_flops_of_a_small_model_match_a_count_of_its_matrix_products():

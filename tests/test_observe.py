@@ -4,8 +4,11 @@ import concurrent.futures
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,12 +108,33 @@ def test_a_trace_has_the_steps_that_were_asked_for(tiny_experiment, tmp_path, ca
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
     assert cli.main(argv) == 2  # the run is done
-    assert capfd.readouterr().err.endswith(
-        "--profile = 2:4: not FIRST:LAST of steps to come: there are none. Write, for example, 10:13, both included.\n"
-    )
+    assert "--profile = 2:4: there are no steps to come. Leave it out, or start another run with --out." in capfd.readouterr().err
+
+
+def test_bad_steps_of_a_trace_are_refused_before_anything_is_made(tiny_experiment, tmp_path, capfd):
+    assert cli.main(["run", str(tiny_experiment), "--out", str(tmp_path / "run"), "--profile", "0:3"]) == 2
+    assert "--profile = 0:3: not FIRST:LAST within the steps that are to come, 1 to 20" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_command_keeps_what_it_compiled_in_the_run_and_a_second_start_says_that_it_took_all_of_it(tiny_experiment, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    argv = [sys.executable, "-m", "mlm_jax.cli", "train", str(tiny_experiment), "--out", str(tmp_path / "run"), "--set", "train.save_every=5"]
+
+    def compiled():
+        done = subprocess.run(argv, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        return re.search(r"(\d+) programs compiled in [\d.]+ s, (\d+) of them taken from the cache; a step needs", done.stderr).groups()
+
+    first = compiled()
+    assert list((tmp_path / "run/compiled").iterdir()) and int(first[0]) > int(first[1])
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    second = compiled()
+    assert second[0] == second[1] == first[0]
 
 
 @pytest.mark.parametrize("text", ["10", "10-13", "13:10", "0:3", "a:b", "10:", "10:21", "4:6"])
 def test_a_trace_of_steps_that_do_not_come_is_refused(text):
-    with pytest.raises(InputError, match=r"--profile = .*: not FIRST:LAST within the steps that are to come, 5 to 20\. Write, for example, 10:13"):
+    with pytest.raises(InputError, match=r"--profile = .*: not FIRST:LAST within the steps that are to come, 5 to 20\. Write, for example, 14:17"):
         observe.Profile.parse(text, 5, 20)

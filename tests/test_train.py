@@ -169,8 +169,13 @@ def test_a_growth_that_cannot_be_is_refused(changes, message):
 
 
 def test_a_growing_batch_that_the_mesh_does_not_divide_at_its_start_is_refused(tokens, tmp_path):
-    with pytest.raises(InputError, match=r"train\.batch_size = 2: .*the 4 devices"):
+    with pytest.raises(InputError, match=r"train\.ramp_from = 2: .*the 4 devices"):
         run(override(CONFIG, RAMP | {"train.ramp_from": 2}), tokens, tmp_path)
+
+
+def test_a_batch_that_grows_to_the_last_step_trains(tokens, tmp_path):
+    _, rows = run(override(CONFIG, RAMP | {"train.steps": 3, "train.ramp_from": 8, "train.ramp_steps": 3}), tokens, tmp_path)
+    assert [row["batch_size"] for row in rows if "loss" in row] == [8, 8, 8]
 
 
 # ---- the loop does not wait ----
