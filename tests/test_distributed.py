@@ -195,7 +195,7 @@ def test_a_process_that_never_comes_is_named(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_fails_alone_ends_the_others(tiny_run, tmp_path):
     argv = ["train", str(tiny_run.experiment), "--out", str(tmp_path / "run")]
-    fail = "def fail(*_):\n    raise OSError('disk full')\nfrom mlm_jax import train\n"
+    fail = "def fail(*_, **__):\n    raise OSError('disk full')\nfrom mlm_jax import train\n"
     finished = run_processes(tmp_path, argv, 2, 1, code={1: fail + "train.train = fail\n"})
     assert finished[1].status == 1 and refusals(finished[1:]) == {"mlm-jax: OSError: disk full (--traceback shows where)"}
     assert finished[0].status != 0
