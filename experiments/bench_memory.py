@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
-from mlm_jax import experiment, optim, sharding
+from mlm_jax import experiment, sharding
 from mlm_jax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, override, parse_set
 from mlm_jax.model import gpt2
-from mlm_jax.train import init_state, make_train_step
+from mlm_jax.train import abstract_state, lower_step
 
 VOCAB_SIZE = 50_257  # where the experiment leaves it to a tokenizer
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -68,19 +67,13 @@ class Memory(NamedTuple):
 
 def measure(config: Config, devices: Sequence[Any] | None = None, build: Callable[[ModelConfig], gpt2.Model] = gpt2.GPT2) -> Memory:
     """The memory of the train step of `config`, compiled for `devices` (default: all of this machine) as `train` compiles it."""
-    c, ema_decay = config.train, config.optim.ema_decay
+    c = config.train
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, c.batch_size, config.model.context_len, c.micro_batches)
     model = build(config.model)
-    tx = optim.optimizer(config.optim, c.steps, width_multiplier=config.model.width_multiplier)
     with jax.sharding.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: init_state(model, tx, c.seed, ema_decay=ema_decay))
-        shardings = sharding.shardings(mesh, shapes)
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        rows = jax.sharding.NamedSharding(mesh, sharding.spec("B."))
-        tokens_BW = jax.ShapeDtypeStruct((c.batch_size, config.model.context_len + 1), jnp.int32, sharding=rows)
-        step = jax.jit(make_train_step(model, tx, c, ema_decay=ema_decay), out_shardings=(shardings, None), donate_argnums=0)
-        plan = step.lower(state, tokens_BW).compile().memory_analysis()
+        state = abstract_state(config, model, mesh)
+        plan: Any = lower_step(config, model, mesh, c.batch_size).compile().memory_analysis()
     mine = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     sizes = (getattr(plan, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp", "host_temp"))
     return Memory(mine, *sizes)

@@ -71,41 +71,36 @@ def configuration(work: Work, platform: str) -> Any:
 def ours(work: Work, folder: Path) -> tuple[Run, dict[str, Any]]:
     """Our step, and what is said about it."""
     import jax
-    import jax.numpy as jnp
 
-    from mlm_jax import huggingface, metrics, optim, sharding
+    from mlm_jax import huggingface, metrics, sharding
     from mlm_jax.model import gpt2
-    from mlm_jax.train import init_state, make_train_step
+    from mlm_jax.train import first_state, lower_step
 
     device = jax.devices()[0]
     config = configuration(work, device.platform)
-    model, tx = gpt2.GPT2(config.model), optim.optimizer(config.optim, config.train.steps)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    model, mesh = gpt2.GPT2(config.model), sharding.make_mesh(config.mesh, jax.devices()[:1])
     jax.sharding.set_mesh(mesh)
-    shapes = jax.eval_shape(lambda: init_state(model, tx, 0))
-    shardings = sharding.shardings(mesh, shapes)
-    state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
+    state = first_state(config, model, mesh)
+    n_params = gpt2.n_params(state.params)
     huggingface.export_weights(config.model, jax.tree.map(np.asarray, state.params), folder)
     start = time.perf_counter()
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    tokens = jax.ShapeDtypeStruct((work.rows, work.context_len + 1), jnp.int32, sharding=jax.NamedSharding(mesh, sharding.spec("B.")))
-    step = jax.jit(make_train_step(model, tx, config.train), out_shardings=(shardings, None), donate_argnums=0).lower(abstract, tokens).compile()
+    step = lower_step(config, model, mesh, work.rows).compile()
+    facts = {"compiled_s": time.perf_counter() - start, "device": device.device_kind, "platform": device.platform}
     done = 0
 
     def run(precision: str, steps: int) -> list[float]:
         nonlocal state, done
         losses = []
         for _ in range(steps):
-            batch = sharding.put_rows(lambda start, stop, s=done: work.batch(s)[start:stop], tokens.shape, jnp.int32, mesh)
+            shape = (work.rows, work.context_len + 1)
+            batch = sharding.put_rows(lambda start, stop, s=done: work.batch(s)[start:stop], shape, np.int32, mesh)
             state, figures = step(state, batch)
             losses.append(figures["loss"])
             done += 1
         jax.block_until_ready(state)
         return [float(loss) for loss in losses]
 
-    n_params = gpt2.n_params(shapes.params)
     flops = work.tokens * metrics.flops_per_token(config.model, n_params)
-    facts = {"compiled_s": time.perf_counter() - start, "device": device.device_kind, "platform": device.platform}
     return run, facts | {"precision": config.model.compute_dtype, "peak": metrics.peak_flops(device.device_kind), "flops": flops}
 
 

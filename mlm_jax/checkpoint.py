@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mlm_jax import distributed
 from mlm_jax.config import InputError
 
 FILES = "files.json"
@@ -63,7 +64,7 @@ class Checkpoints:
             folder, response = self._writing
             self._writing = None
             response.result()
-            if jax.process_index() == 0:
+            if distributed.leads():
                 _seal(folder)
 
 

@@ -40,10 +40,11 @@ def is_good(recent: Recent, loss: Float[Array, ""], grad_norm: Float[Array, ""],
 
 
 def remember(recent: Recent, good: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Recent:
-    """With a step more."""
+    """With a step more. One without a gradient is nothing to compare with: its logarithm would make every deviation infinite."""
+    kept = good & (grad_norm > 0)
 
     def push(past_W: Array, figure: Array) -> Array:
-        return jnp.where(good, jnp.concatenate([figure[None], past_W[:-1]]), past_W)
+        return jnp.where(kept, jnp.concatenate([figure[None], past_W[:-1]]), past_W)
 
     figures = {"loss_W": push(recent.figures["loss_W"], loss), "grad_norm_W": push(recent.figures["grad_norm_W"], grad_norm)}
     return Recent(figures, recent.skipped + ~good, jnp.where(good, 0, recent.in_row + 1))

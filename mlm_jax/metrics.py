@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import secrets
@@ -71,19 +72,24 @@ def flops_per_token(config: ModelConfig, n_params: int) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each step once, also over restarts."""
+    """metrics.jsonl: one JSON object a line, each step once, also over restarts. A number that is not finite, which JSON has not, is null."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
         """Opens `path` for appending, without the rows after step `resume_at` that an interrupted run left."""
         rows = [row for row in read_metrics(path) if row["step"] <= resume_at] if path.exists() else []
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text("".join(map(self._line, rows)), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, which a kill of the process leaves in the file."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(self._line(row))
+
+    @staticmethod
+    def _line(row: dict[str, Any]) -> str:
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        return json.dumps(finite, allow_nan=False) + "\n"
 
     def close(self) -> None:
         self._file.close()

@@ -148,8 +148,8 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, float]]) -> None:
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Steps and values of the rows that hold `key`."""
-    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    """Steps and values of the rows that hold `key`; NaN for null, which is no finite number."""
+    found = [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if isinstance(row.get(key, ""), int | float | None)]
     return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
 
 

@@ -47,11 +47,6 @@ class Run:
         self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
         self._check_folder()
 
-    @property
-    def leads(self) -> bool:
-        """This process is the one that writes."""
-        return jax.process_index() == 0
-
     def _check_folder(self) -> None:
         """Raises InputError where the directory is not this run's."""
         if self.folder.exists() and not self.folder.is_dir():
@@ -94,10 +89,10 @@ class Run:
         """
         new_folder, new_tokens = not self.folder.exists(), not self.tokens.exists()
         try:
-            distributed.together(lambda: token_shards.prepare(self.config.data, self.tokens) if self.leads else None)
+            distributed.together(lambda: token_shards.prepare(self.config.data, self.tokens) if distributed.leads() else None)
             manifest, tokenizer = distributed.together(self._read_tokens)
         except InputError:
-            if self.leads:  # else the mended input would meet the shards of the bad one
+            if distributed.leads():  # else the mended input would meet the shards of the bad one
                 if new_tokens and not self.config.data.tokens:
                     shutil.rmtree(self.tokens, ignore_errors=True)
                 if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
@@ -107,7 +102,7 @@ class Run:
         if new_tokens:
             parts = [f"{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {name}" for name, s in manifest.splits.items()]
             self.say(f"prepare: {', '.join(parts)}")
-        if self.leads and not (self.folder / "config.json").is_file():
+        if distributed.leads() and not (self.folder / "config.json").is_file():
             shutil.rmtree(self.folder / "code", ignore_errors=True)  # of a start that was cut off
             write_json(self.folder / "run.json", self.provenance())
             experiment.copy_code(self.experiment, self.folder)
@@ -166,7 +161,7 @@ class Run:
         tokens = token_shards.open_tokens(self.tokens, "val")
         with jax.sharding.set_mesh(self.mesh):
             result = evaluate.measure(model, params, tokens, self.mesh, n_bytes=split.bytes, n_characters=split.characters)
-        if self.leads:
+        if distributed.leads():
             result |= evaluate.compressors(self.tokens, tokenizer)
             write_json(path, result)
         self.say(evaluate.describe(result))
@@ -180,7 +175,7 @@ class Run:
         with jax.sharding.set_mesh(self.mesh):
             (found,) = text_generation.generations(*self.trained, [c.prompt], c)
         text = "".join(f"--- sample {i}\n{c.prompt}{generation.text}\n" for i, generation in enumerate(found, 1))
-        if self.leads:
+        if distributed.leads():
             write_text(path, text)
         self.say(text)
         return text
@@ -193,7 +188,7 @@ class Run:
             return None
         if not self._is_done(folder):
             params = on_host(self.trained.params)
-            if self.leads:
+            if distributed.leads():
                 huggingface.export_weights(self.config.model, params, folder, tokenizer=self.trained.tokenizer)
         return folder
 
@@ -201,7 +196,7 @@ class Run:
         """The page that shows the run, report.html; it is drawn anew where what it shows is newer."""
         page = self.folder / "report.html"
         shown = [path for name in ("metrics.jsonl", "evaluation.json", "samples.txt") if (path := self.folder / name).is_file()]
-        if self.leads and not (page.is_file() and all(path.stat().st_mtime_ns <= page.stat().st_mtime_ns for path in shown)):
+        if distributed.leads() and not (page.is_file() and all(path.stat().st_mtime_ns <= page.stat().st_mtime_ns for path in shown)):
             report.write_report(self.folder)
         return page
 

@@ -87,6 +87,34 @@ def init_state(model: gpt2.Model, tx: optax.GradientTransformation, seed: int, *
     return TrainState(jnp.int32(0), params, tx.init(params), guard.start(), params if ema_decay else None)
 
 
+def _build(config: Config, model: gpt2.Model) -> tuple[Callable[[], TrainState], Callable[..., tuple[TrainState, dict[str, Array]]]]:
+    """`init_state` and `make_train_step` of a configuration."""
+    tx = optim.optimizer(config.optim, config.train.steps, width_multiplier=config.model.width_multiplier)
+    averaged = {"ema_decay": config.optim.ema_decay}
+    return functools.partial(init_state, model, tx, config.train.seed, **averaged), make_train_step(model, tx, config.train, **averaged)
+
+
+def abstract_state(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh) -> TrainState:
+    """The shapes, types and shardings of the state on `mesh`; nothing is computed."""
+    shapes = jax.eval_shape(_build(config, model)[0])
+    shardings = sharding.shardings(mesh, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def first_state(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state before the first step, on `mesh`, which is the one in use."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, mesh))
+    return jax.jit(_build(config, model)[0], out_shardings=shardings)()
+
+
+def lower_step(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh, batch_size: int) -> jax.stages.Lowered:
+    """The step for `batch_size` windows, ready to be compiled for `mesh`, which is the one in use; it writes the new state over the old one."""
+    state = abstract_state(config, model, mesh)
+    tokens_BW = sharding.rows_shape((batch_size, config.model.context_len + 1), jnp.int32, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(_build(config, model)[1], out_shardings=(shardings, None), donate_argnums=0).lower(state, tokens_BW)
+
+
 def progress(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds of the state beside the parameters."""
     return {name: value for name, value in state._asdict().items() if name != "params" and value is not None}
@@ -114,39 +142,35 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
       Diverged: too many steps in a row had to be skipped.
     """
-    c, T, ema_decay = config.train, config.model.context_len, config.optim.ema_decay
+    c, T = config.train, config.model.context_len
     mesh = sharding.make_mesh(config.mesh)
     check_batches(mesh, config)
     manifest = read_manifest(tokens)
     batches = Batches(open_tokens(tokens, "train"), context_len=T, batch_size=c.batch_size, seed=c.seed, rows_before=c.rows_before)
     windows = validation_windows(open_tokens(tokens, "val"), T)
     bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / math.log(2)  # nats/token -> bits/byte
-    tx = optim.optimizer(config.optim, c.steps, width_multiplier=config.model.width_multiplier)
 
     with contextlib.ExitStack() as stack:
         # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
         compiled_before = observe.compilation()
         checkpoints = stack.enter_context(checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints))
-        shapes = jax.eval_shape(lambda: init_state(model, tx, c.seed, ema_decay=ema_decay))
-        shardings = sharding.shardings(mesh, shapes)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        abstract = abstract_state(config, model, mesh)
         done = max(checkpoint.steps_in(run / "checkpoints"), default=0)
         if done:
             params, rest = checkpoints.restore(done, abstract.params, progress(abstract))
             state = TrainState(params=params, **rest)
         else:
-            state = jax.jit(lambda: init_state(model, tx, c.seed, ema_decay=ema_decay), out_shardings=shardings)()
+            state = first_state(config, model, mesh)
 
         # The step, compiled for every batch size that is to come, and where its figures go.
-        jitted = jax.jit(make_train_step(model, tx, c, ema_decay=ema_decay), out_shardings=(shardings, None), donate_argnums=0)
-        batch_shapes = {B: sharding.rows_shape((B, T + 1), jnp.int32, mesh) for B in sorted({c.batch_size_at(step) for step in range(done, c.steps)})}
-        train_steps = {B: jitted.lower(abstract, shape).compile() for B, shape in batch_shapes.items()}
+        sizes = sorted({c.batch_size_at(step) for step in range(done, c.steps)})
+        train_steps = {B: lower_step(config, model, mesh, B).compile() for B in sizes}
         eval_step = make_eval_step(model, c)
         lrs = jax.device_get(jax.jit(jax.vmap(optim.schedule(config.optim, c.steps)))(jnp.arange(c.steps)))
         compiled = observe.compilation().since(compiled_before)
-        extra: dict[str, Any] = compiled._asdict()  # what else the row of the next step holds
-        n_params, device = gpt2.n_params(shapes.params), jax.devices()[0].device_kind
+        extra: dict[str, Any] = compiled._asdict()  # what else the first row holds
+        n_params, device = gpt2.n_params(abstract.params), jax.devices()[0].device_kind
         flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
         # One process writes; where it cannot, none begins.
         recorder = distributed.together(lambda: metrics.Recorder(run, config, resume_at=done, wandb=wandb) if distributed.leads() else None)
@@ -245,7 +269,8 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
                 say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
                 checkpoints.save(step, state.params, progress(state))
-                extra = {"save_s": round(clock.lap("saving"), 6)}
+                if recorder:
+                    recorder.write({"step": step, "save_s": round(clock.lap("saving"), 6)})
         n_skipped = int(state.recent.skipped)
         say(f"trained {c.steps - done} steps in {clock}" + (f"; {n_skipped} of {c.steps} steps were skipped" if n_skipped else ""))
     return state

@@ -20,6 +20,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlm_jax_compi
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -85,3 +86,16 @@ def tiny_experiment(tmp_path: Path) -> Path:
     folder = tmp_path / "experiment"
     folder.mkdir()
     return write_experiment(folder)[0]
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of two thousand words, a token for each byte: do not write into them."""
+    from mlm_jax.config import DataConfig
+    from mlm_jax.data.tokens import prepare
+
+    folder = tmp_path_factory.mktemp("tokens")
+    words = np.random.default_rng(0).choice(["the ", "model ", "reads ", "a ", "text\n", "and ", "learns "], 2000)
+    (folder / "text.txt").write_text("".join(words))
+    prepare(DataConfig(source=str(folder / "text.txt"), tokenizer="byte"), folder / "tokens")
+    return folder / "tokens"

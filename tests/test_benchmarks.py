@@ -23,6 +23,7 @@ def run(script: str, *arguments: str, status: int = 0) -> str:
 TOY = ("--size", "toy", "--batch", "2x16", "--rounds", "1", "--seconds", "0.01", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_our_step_is_measured_where_there_is_no_pytorch():
     out = run("bench_train.py", *TOY, "--alone", "--set", "model.n_layers=1")
     assert re.search(r"\| toy \| 2 x 16 \| mlm_jax, float32 \| [\d,]+ \([\d,]+ to [\d,]+\) \| 1 \| - \|", out)

@@ -1,7 +1,6 @@
 """A bad batch is skipped, named, and leaves no trace in the run; accumulation and averaging change what a step does in no other way."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -15,7 +14,6 @@ import pytest
 from mlm_jax import cli, guard, objectives, optim, sharding, train
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
 from mlm_jax.data.batches import Batches
-from mlm_jax.data.tokens import prepare
 from mlm_jax.metrics import read_metrics
 from mlm_jax.model import gpt2
 
@@ -28,15 +26,6 @@ CONFIG = Config(
     train=TrainConfig(steps=8, batch_size=8, eval_every=0, eval_windows=8, save_every=4),
     mesh=MeshConfig(data=8),
 )
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = np.random.default_rng(0).choice(["the ", "model ", "reads ", "a ", "text\n", "and ", "learns "], 2000)
-    (folder / "text.txt").write_text("".join(words))
-    prepare(dataclasses.replace(CONFIG.data, source=str(folder / "text.txt")), folder / "tokens")
-    return folder / "tokens"
 
 
 class Poisoned(gpt2.GPT2):
@@ -116,6 +105,13 @@ def test_only_good_steps_are_remembered_the_newest_first():
     np.testing.assert_array_equal(recent.figures["grad_norm_W"][:3], [1.0, 1.5, np.nan])
 
 
+def test_a_step_without_a_gradient_hides_no_spike_that_follows():
+    past = np.where(np.arange(guard.WINDOW) % 2, 0.8, 1.2).astype(np.float32)
+    recent = guard.start()._replace(figures={"loss_W": jnp.asarray(past), "grad_norm_W": jnp.exp(past)})
+    recent = guard.remember(recent, guard.is_good(recent, jnp.float32(0), jnp.float32(0), 5.0), jnp.float32(0), jnp.float32(0))
+    assert int(recent.skipped) == 0 and not guard.is_good(recent, jnp.float32(1), jnp.float32(np.exp(3)), 5.0)
+
+
 def test_a_spike_is_skipped_where_there_are_steps_to_compare_with(monkeypatch):
     monkeypatch.setattr(guard, "WINDOW", 8)
     state, step = state_and_step(model=Poisoned(MODEL, spike=True))
@@ -139,6 +135,7 @@ def test_a_run_survives_poisoned_batches_near_the_clean_one_and_names_them(token
     assert abs(loss - clean_loss) < 0.05 * clean_loss and int(clean.recent.skipped) == 0
     rows = [row for row in read_metrics(tmp_path / "poisoned/metrics.jsonl") if "skipped" in row]
     assert [row["step"] for row in rows] == [5, 6, 21] and "step 21: skipped, loss nan" in said
+    assert all(f"step {step}: the first that is not finite is " in said for step in (5, 6, 21))
     batches = Batches(train.open_tokens(tokens, "train"), context_len=16, batch_size=8, seed=0)
     stored = train.open_tokens(tokens, "train")
     clean_rows = [stored.read(first, 17) for first in rows[0]["skipped"]]
@@ -304,7 +301,7 @@ def test_a_batch_of_nan_and_one_of_wrong_labels_are_skipped_and_named_by_where_t
     rows, said = spoilt_run(tiny_experiment, tmp_path / "run", nan={3}, labels={14, 19}, train__skip_sigmas=8.0)
     assert named(tmp_path / "run", rows, said) == {3, 14, 19}
     loss = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert np.isnan(loss[3]) and loss[14] > loss[13] + 1 and loss[20] < loss[1]
+    assert loss[3] is None and loss[14] > loss[13] + 1 and loss[20] < loss[1]
 
 
 @pytest.mark.slow

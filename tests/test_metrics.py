@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import sys
 import types
@@ -10,7 +11,7 @@ import jax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mlm_jax import metrics
+from mlm_jax import cli, metrics
 from mlm_jax.config import Config, InputError, ModelConfig
 from mlm_jax.model import gpt2
 
@@ -129,6 +130,14 @@ def test_weights_and_biases_that_do_not_start_are_named_and_nothing_is_written(t
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_line_names_the_project_that_gets_each_step(tiny_experiment, tmp_path, monkeypatch):
+    library = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    assert cli.main(["train", str(tiny_experiment), "--out", str(tmp_path / "run"), "--set", "train.steps=3", "--wandb", "my-project"]) == 0
+    assert [begun["project"] for begun in library.begun] == ["my-project"] and library.ended == 1
+    assert [row["step"] for row in library.rows if "loss" in row] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"st', '{"step": 2', "\udcff\udcfe"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
@@ -138,6 +147,13 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     history.write({"step": 2, "loss": 2})
     history.close()
     assert [r["step"] for r in metrics.read_metrics(path)] == [1, 2]
+
+
+def test_a_number_that_json_has_not_is_null(tmp_path):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl", resume_at=0)
+    file.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    file.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5}\n'
 
 
 @pytest.mark.parametrize("line", ["words\n", "[1]\n", '{"loss": 1}\n', '{"step": "one"}\n', "\n"])

@@ -100,6 +100,7 @@ def test_hidden_weights_are_those_of_the_blocks():
     assert names == {"w_q_DNH", "w_k_DKH", "w_v_DKH", "w_out_NHD", "w_up_DF", "w_gate_DF", "w_down_FD"}
 
 
+@pytest.mark.slow
 def test_the_model_of_mup_is_table_8_of_its_paper():
     # Yang et al. 2022, table 8: hidden variance 1 / fan_in, so 1 / m from the base on; input and output variance 1; output multiplier 1 / m.
     base = ModelConfig(vocab_size=999, context_len=64, n_layers=1, n_heads=2, d_model=64, d_ff=256, mup_base_width=64)

@@ -68,9 +68,10 @@ def test_a_run_prints_one_json_object_and_nothing_else_on_stdout(tiny_run):
 
 def test_the_metrics_have_every_step_once(tiny_run):
     rows = read_metrics(tiny_run.folder / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert [row["step"] for row in rows if "val_loss" in row] == [10, 20]
-    assert rows[-2]["loss"] < rows[0]["loss"] - 1  # it learns
+    assert losses[20] < losses[1] - 1  # it learns
 
 
 def test_the_exported_folder_is_what_transformers_loads(tiny_run):
@@ -225,6 +226,7 @@ MODEL = partial(gpt2.GPT2, block=ParallelBlock)
 """
 
 
+@pytest.mark.slow
 def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp_path, capfd):
     lab, out = tmp_path / "lab/experiments", tmp_path / "run"
     lab.mkdir(parents=True)
@@ -258,6 +260,7 @@ def test_a_structural_ablation_rebuilds_itself_from_its_run(tiny_experiment, tmp
     assert "cannot express the structure of ParallelBlock" in capfd.readouterr().err and not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_switches_goes_to_its_end_and_names_those_that_keep_it_from_an_export(tiny_experiment, tmp_path, capfd):
     switches = ["model.norm=rms", "model.position=rotary", "train.steps=3"]
     assert cli.main(["run", str(tiny_experiment), "--out", str(tmp_path / "run"), *(part for s in switches for part in ("--set", s))]) == 0
@@ -308,12 +311,9 @@ def last_step(folder):
 def arrays(folder):
     """Parameters and progress of the last checkpoint."""
     config = from_json((folder / "config.json").read_text())
-    from mlm_jax import optim, train
+    from mlm_jax import train
 
-    model = gpt2.GPT2(config.model)
-    shapes = jax.eval_shape(lambda: train.init_state(model, optim.optimizer(config.optim, config.train.steps), 0))
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    wanted = train.abstract_state(config, gpt2.GPT2(config.model), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     return jax.tree.leaves(checkpoint.restore(folder / "checkpoints" / str(config.train.steps), wanted.params, train.progress(wanted)))
 
 
@@ -321,6 +321,7 @@ def check_equal(a, b):
     for x, y in zip(arrays(a), arrays(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)
     rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
+    rows = [[row for row in each if row.keys() != {"step"}] for each in rows]  # that of a save alone is lost by a kill within it
     assert rows[0] == rows[1]
     steps = [row["step"] for row in rows[0] if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))

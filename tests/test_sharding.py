@@ -1,5 +1,6 @@
 """Names decide where arrays live, and where they live changes no result."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,10 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mlm_jax import optim, sharding
-from mlm_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, override
+from mlm_jax.config import Config, InputError, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, override
 from mlm_jax.decode import loop
 from mlm_jax.model import gpt2
-from mlm_jax.train import init_state, make_train_step
+from mlm_jax.train import first_state, init_state, lower_step
 
 CONFIG = ModelConfig(vocab_size=64, context_len=16, n_layers=2, n_heads=8, d_model=32, d_ff=64)
 
@@ -21,12 +22,12 @@ def curve(mesh_config: MeshConfig, n_devices: int, steps: int = 10, model_config
     """(losses, final parameters) of a few training steps on a mesh."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
     # eps: Adam divides a gradient near zero by its own size, and would show the order of summation as if it were a difference.
-    config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)
-    model, tx = gpt2.GPT2(model_config), optim.optimizer(config, steps)
+    optim_config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)
+    train_config = dataclasses.replace(train_config, steps=steps)
+    config = Config(name="curve", model=model_config, optim=optim_config, train=train_config)
+    model = gpt2.GPT2(config.model)
     with jax.sharding.set_mesh(mesh):
-        shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
-        state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-        step = jax.jit(make_train_step(model, tx, train_config), out_shardings=(shardings, None))
+        state, step = first_state(config, model, mesh), lower_step(config, model, mesh, 8).compile()
         losses = []
         rows = np.random.default_rng(0).integers(0, model_config.vocab_size, (8, 17)).astype(np.int32)
         for _ in range(steps):

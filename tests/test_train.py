@@ -1,7 +1,6 @@
 """The loop: a known curve, resuming bit for bit, and a step that depends on nothing but its inputs."""
 
 import contextlib
-import dataclasses
 import json
 import time
 
@@ -12,7 +11,7 @@ import pytest
 from mlm_jax import checkpoint
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
 from mlm_jax.data.batches import Batches
-from mlm_jax.data.tokens import open_tokens, prepare
+from mlm_jax.data.tokens import open_tokens
 from mlm_jax.metrics import MEASURED, MetricsFile, read_metrics
 from mlm_jax.model import gpt2
 from mlm_jax.train import train
@@ -27,15 +26,6 @@ CONFIG = Config(
 )
 # Losses of ten steps of CONFIG without dropout, on the text below; a change of data order, model, loss or optimizer moves them.
 GOLDEN = [5.555013, 5.268731, 4.871214, 4.356533, 3.992659, 3.710011, 3.444948, 3.354478, 3.236594, 3.236783]
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = np.random.default_rng(0).choice(["the ", "model ", "reads ", "a ", "text\n", "and ", "learns "], 2000)
-    (folder / "text.txt").write_text("".join(words))
-    prepare(dataclasses.replace(CONFIG.data, source=str(folder / "text.txt")), folder / "tokens")
-    return folder / "tokens"
 
 
 def run(config, tokens, folder):
@@ -61,7 +51,8 @@ def run_until(step, config, tokens, folder):
 
 def repeatable(rows):
     """What a second run has to repeat."""
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+    kept = [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+    return [row for row in kept if row.keys() != {"step"}]  # that of a save alone is lost by a kill within it
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +126,7 @@ def test_growing_batches_read_the_same_rows_in_the_same_order_as_others(tokens):
     np.testing.assert_array_equal(rows, np.concatenate([even(step) for step in range(len(rows) // 4)]))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_growing_batch_resumes_within_it_and_begins_as_one_of_the_small_size(tokens, tmp_path):
     config = override(CONFIG, RAMP)
     run_until(3, config, tokens, tmp_path / "a")

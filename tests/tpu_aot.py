@@ -120,27 +120,19 @@ def plan(hlo: str) -> dict[str, Any]:
 def compiled_step(topology: str, n_devices: int | None, batch_size: int, changes: dict[str, Any], options: dict[str, str]) -> Any:
     """The compiled train step of GPT-2 124M with `changes`, its state sharded over (the first `n_devices` of) a TPU topology."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from mlm_jax import optim, sharding
+    from mlm_jax import sharding
     from mlm_jax.config import Config, MeshConfig, ModelConfig, override
     from mlm_jax.model import gpt2
-    from mlm_jax.train import init_state, make_train_step
+    from mlm_jax.train import lower_step
 
     model = ModelConfig(vocab_size=50_257, vocab_multiple=128, compute_dtype="bfloat16", remat="full", attention="reference")
     config = override(Config(name="plan", model=model), changes)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:n_devices]
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), devices)
-    gpt, tx = gpt2.GPT2(config.model), optim.optimizer(config.optim, config.train.steps)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(gpt, tx, 0))
-        shardings = sharding.shardings(mesh, state)
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        rows = jax.NamedSharding(mesh, sharding.spec("B."))
-        tokens = jax.ShapeDtypeStruct((batch_size * mesh.size, config.model.context_len + 1), jnp.int32, sharding=rows)
-        step = jax.jit(make_train_step(gpt, tx, config.train), out_shardings=(shardings, None), donate_argnums=0)
-        return step.lower(state, tokens).compile(compiler_options=options or None)
+        return lower_step(config, gpt2.GPT2(config.model), mesh, batch_size * mesh.size).compile(compiler_options=options or None)
 
 
 def main() -> None:

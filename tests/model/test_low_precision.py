@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm_jax import cli, objectives, optim, sharding
-from mlm_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
+from mlm_jax import cli, objectives, sharding
+from mlm_jax.config import Config, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
 from mlm_jax.model import gpt2, int8, low_precision
-from mlm_jax.train import init_state, make_train_step
+from mlm_jax.train import first_state, lower_step
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(vocab_size=61, context_len=16, n_layers=2, n_heads=4, d_model=32, d_ff=64)
@@ -168,12 +168,12 @@ def test_eight_devices_multiply_as_one_does_and_send_a_weight_in_8_bits():
 def curve(matmul, mesh_config, n_devices, steps=4):
     """(losses, parameters) of a few training steps on a mesh, with the loss in chunks."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
-    config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)  # eps: Adam would blow up what rounding leaves of a zero gradient
-    model, tx = gpt2.GPT2(override(CONFIG, {"matmul": matmul, "vocab_size": 64})), optim.optimizer(config, steps)
+    optim_config = OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, eps=1e-4)  # eps: Adam would blow up what rounding leaves of a zero gradient
+    model_config = override(CONFIG, {"matmul": matmul, "vocab_size": 64})
+    config = Config(name="curve", model=model_config, optim=optim_config, train=TrainConfig(steps=steps, loss_chunks=2))
+    model = gpt2.GPT2(model_config)
     with jax.sharding.set_mesh(mesh):
-        shardings = sharding.shardings(mesh, jax.eval_shape(lambda: init_state(model, tx, 0)))
-        state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-        step = jax.jit(make_train_step(model, tx, TrainConfig(loss_chunks=2)), out_shardings=(shardings, None))
+        state, step = first_state(config, model, mesh), lower_step(config, model, mesh, 8).compile()
         rows = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
         losses = []
         for _ in range(steps):
