@@ -121,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
         if function is not prepare:
+            sub.add_argument("--from", dest="origin", default="", metavar="RUN[@STEP]", help="fork: begin a new run from a checkpoint of another")
             sub.add_argument("--profile", default="", metavar="FIRST:LAST", help="write a trace of these steps, both included, into profile/")
             sub.add_argument("--wandb", default="", metavar="PROJECT", help="send the figures to Weights & Biases too")
         sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
@@ -216,7 +217,7 @@ def _run(args: argparse.Namespace) -> Any:
 
     def load() -> Any:
         loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
-        return runs.Run(loaded, args.out or Path("runs") / loaded.config.name)
+        return runs.Run(loaded, args.out or Path("runs") / loaded.config.name, origin=getattr(args, "origin", ""))
 
     return distributed.together(load)
 

@@ -597,6 +597,22 @@ def diff(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     return out
 
 
+# What may change in a run that goes on: neither what is computed from the same state, nor which rows a step reads, nor what a checkpoint holds.
+RESUMABLE = {
+    "mesh": None,  # every field
+    "sample": None,
+    "model": {"compute_dtype", "matmul", "attention", "unroll_layers", "remat"},
+    "optim": {field.name for field in dataclasses.fields(OptimConfig)} - {"name", "moment_dtype", "ema_decay"},
+    "train": {field.name for field in dataclasses.fields(TrainConfig)} - {"batch_size", "seed", "ramp_from", "ramp_steps"},
+}
+
+
+def may_change(path: str) -> bool:
+    """A run goes on with another value of this dotted field; else it would be another run."""
+    part, _, field = path.partition(".")
+    return part in RESUMABLE and (RESUMABLE[part] is None or field in RESUMABLE[part])
+
+
 def to_json(config: Config) -> str:
     """The configuration as indented JSON; `from_json` gives it back equal."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -1,7 +1,7 @@
 """A run directory: what it records, the stages that fill it, and the one function that loads a model from it or from elsewhere.
 
 config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  samples.txt  hf/  report.html
-compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
+history.jsonl (every start, and what was changed then)  compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
 """
 
 import functools
@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from mlm_jax import checkpoint, distributed, evaluate, experiment, huggingface, observe, report, sharding
 from mlm_jax import train as training
-from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, override, to_json
+from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, may_change, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.data import tokens as token_shards
 from mlm_jax.data.batches import Batches, validation_windows
@@ -40,12 +41,50 @@ PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 class Run:
     """One experiment in one directory. Each stage skips what is done; a stage that is cut off leaves nothing that looks done."""
 
-    def __init__(self, exp: Experiment, folder: Path, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
-        """Raises: InputError: the directory holds a run of another configuration, or other files."""
+    def __init__(
+        self, exp: Experiment, folder: Path, *, origin: str = "", say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+    ) -> None:
+        """`origin` is RUN or RUN@STEP: a new run goes on from that checkpoint, the newest where no step is named, whatever its configuration.
+
+        Raises:
+          InputError: the directory holds a run of another configuration or origin, or other files; or there is no such checkpoint.
+        """
         self.experiment, self.folder, self.say = exp, folder, say
         self.config = exp.config
         self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
+        self.origin: Origin | None = None
+        self.changes: dict[str, tuple[Any, Any]] = {}  # of the configuration, since the run was last started
         self._check_folder()
+        self.origin = self._check_origin(origin)  # None where the run began from scratch
+
+    def _check_origin(self, origin: str) -> "Origin | None":
+        """Where the run began. Raises InputError where that is not `origin`, which may be "", or nothing is there to begin from."""
+        if (self.folder / "config.json").is_file():
+            recorded = read_json(self.folder / "run.json").get("origin")
+            began = Origin(**recorded) if recorded else None
+            if origin and (began is None or _checkpoint_of(origin, began.step)[:2] != (Path(began.run), began.step)):
+                reason = f"the run in {self.folder} began from {f'{began.run}@{began.step}' if began else 'scratch'}"
+                raise InputError("--from", origin, reason, "Leave it out to go on, or name a new directory with --out")
+            return began
+        if not origin:
+            return None
+        run, step = _checkpoint_of(origin)
+        if not (run / "run.json").is_file():
+            raise InputError("--from", origin, "no run is there", "Name a run directory, or RUN@STEP")
+        steps = checkpoint.steps_in(run / "checkpoints")
+        step = max(steps, default=0) if step is None else step
+        if step not in steps:
+            there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise InputError("--from", origin, f"no such checkpoint, {there}", "Name a step that it has, as RUN@STEP")
+        if step >= self.config.train.steps:
+            raise InputError("--from", origin, f"is at step {step} of train.steps = {self.config.train.steps}", "Train for more steps")
+        changed = self._changes(read_config(run))
+        return Origin(str(run), step, {field: list(values) for field, values in changed.items()})
+
+    def _changes(self, there: Config) -> dict[str, tuple[Any, Any]]:
+        """What is another in this run's configuration than `there`."""
+        wanted = override(self.config, {"model.vocab_size": self.config.model.vocab_size or there.model.vocab_size})  # 0 took the tokenizer's
+        return diff(there, wanted)
 
     def _check_folder(self) -> None:
         """Raises InputError where the directory is not this run's."""
@@ -59,11 +98,16 @@ class Run:
                 raise InputError("--out", str(self.folder), f"holds {others[0]} and is no run", "Name a new directory")
             return
         there = read_config(self.folder)
-        wanted = override(self.config, {"model.vocab_size": self.config.model.vocab_size or there.model.vocab_size})  # 0 took the tokenizer's
-        changes = {field: values for field, values in diff(there, wanted).items() if not field.startswith("mesh.")}  # other devices may go on with it
-        if changes:
-            shown = ", ".join(f"{field} {a!r} -> {b!r}" for field, (a, b) in changes.items())
-            raise InputError("--out", str(self.folder), f"holds a run of another configuration ({shown})", "Name a new directory with --out")
+        changes = self._changes(there)
+        others = {field: values for field, values in changes.items() if not may_change(field)}
+        done = self._done()
+        if others:
+            raise InputError("--out", str(self.folder), f"holds a run of another configuration ({_shown(others)})", "Name a new directory with --out")
+        kept = {field: values for field, values in changes.items() if not field.startswith("mesh.")}  # a mesh changes nothing of what has ended
+        if kept and done >= self.config.train.steps:
+            remedy = f"Train for more than {done} train.steps, or name a new directory with --out"
+            raise InputError("--out", str(self.folder), f"holds a run that has ended at step {done} ({_shown(kept)})", remedy)
+        self.changes = changes
         recorded = experiment.check_record(read_json(self.folder / "run.json").get("experiment"), self.folder)
         changed = experiment.changed_files(recorded, self.experiment)
         if changed and (recorded["structural"] or self.experiment.structural):
@@ -77,8 +121,12 @@ class Run:
         training.check_batches(self.mesh, self.config)
         self._traced(profile)
 
+    def _done(self) -> int:
+        """The step of the newest checkpoint, or of the one that the run begins from; 0 without one."""
+        return max(checkpoint.steps_in(self.folder / "checkpoints"), default=self.origin.step if self.origin else 0)
+
     def _traced(self, profile: str) -> observe.Profile | None:
-        done = max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
+        done = self._done()
         return observe.Profile.parse(profile, done + 1, self.config.train.steps) if profile else None
 
     def prepare(self) -> token_shards.Manifest:
@@ -116,6 +164,9 @@ class Run:
         """The manifest and the tokenizer. Raises InputError where the tokens, or the prompt of the samples, do not fit the model."""
         manifest = token_shards.read_manifest(self.tokens)
         tokenizer = Tokenizer.load(self.tokens / "tokenizer")
+        if self.origin and not Tokenizer.load(Path(self.origin.run) / "tokenizer").same_as(tokenizer):
+            remedy = "Use the same tokenizer, or data.tokens with shards of it"
+            raise InputError("data.tokenizer", self.config.data.tokenizer, f"another one than that of {self.origin.run}", remedy)
         vocab_size, T = self.config.model.vocab_size, self.config.model.context_len
         if 0 < vocab_size < manifest.vocab_size:
             reason = f"smaller than the tokenizer's {manifest.vocab_size}"
@@ -132,7 +183,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions, machine."""
         device = jax.devices()[0].device_kind
-        return {
+        return ({"origin": self.origin._asdict()} if self.origin else {}) | {
             "experiment": experiment.record(self.experiment),
             "git_commit": git_commit(),
             "versions": {"python": platform.python_version()} | {p: version for p in PACKAGES if (version := _version(p))},
@@ -146,10 +197,25 @@ class Run:
         Raises:
           InputError: `profile` names no steps that are still to come.
         """
-        traced, done = self._traced(profile), max(checkpoint.steps_in(self.folder / "checkpoints"), default=0)
+        traced, done = self._traced(profile), self._done()
         if done < self.config.train.steps:
             model = self.experiment.build(self.config.model)
-            training.train(self.config, model, self.tokens, self.folder, profile=traced, wandb=wandb)
+            origin = self.origin and Path(self.origin.run) / "checkpoints" / str(self.origin.step)
+            training.train(self.config, model, self.tokens, self.folder, origin=origin, begin=self._begin, profile=traced, wandb=wandb)
+
+    def _begin(self, done: int) -> None:
+        """Writes down that the run goes on at step `done`, and with what; what was made of an earlier end is taken away."""
+        for name in ("evaluation.json", "samples.txt"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "hf", ignore_errors=True)
+        device = jax.devices()[0].device_kind
+        start = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": done, "git_commit": git_commit()}
+        start |= {"device": f"{jax.device_count()} x {device}", "processes": jax.process_count(), "changed": self.changes}
+        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
+        if self.changes:
+            self.say(f"goes on from step {done} with {_shown(self.changes)}")
+            write_text(self.folder / "config.json", to_json(self.config))
 
     def evaluate(self) -> dict[str, Any]:
         """Loss over the whole validation split, and what xz needs for the same text, as evaluation.json holds them."""
@@ -215,6 +281,28 @@ class Run:
     def trained(self) -> "Loaded":
         """The newest checkpoint, on the mesh."""
         return load(self.folder, build=self.experiment.build, mesh=self.mesh)
+
+
+class Origin(NamedTuple):
+    """Where a run began that was forked from another."""
+
+    run: str  # its directory
+    step: int
+    changed: dict[str, list[Any]]  # of the configuration
+
+
+def _checkpoint_of(reference: str, default: int | None = None) -> tuple[Path, int | None]:
+    """RUN, RUN@STEP or RUN/checkpoints/STEP as (RUN, STEP); `default` where no step is named."""
+    run, at, step = reference.rpartition("@")
+    if at and step.isdecimal():
+        return Path(run).absolute(), int(step)
+    folder, step = _run_and_step(Path(reference))
+    return folder.absolute(), default if step is None else step
+
+
+def _shown(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What `diff` found, in words."""
+    return ", ".join(f"{field} {a!r} -> {b!r}" for field, (a, b) in changes.items())
 
 
 class Loaded(NamedTuple):

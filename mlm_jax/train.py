@@ -132,8 +132,20 @@ def shown(starts: list[int]) -> str:
     return ", ".join(map(str, starts[:8])) + (", ..." if starts[8:] else "")
 
 
-def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile: observe.Profile | None = None, wandb: str = "") -> TrainState:
-    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest checkpoint in `run`.
+def train(
+    config: Config,
+    model: gpt2.Model,
+    tokens: Path,
+    run: Path,
+    *,
+    origin: Path | None = None,
+    begin: Callable[[int], None] = lambda step: None,
+    profile: observe.Profile | None = None,
+    wandb: str = "",
+) -> TrainState:
+    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest checkpoint in `run`, or else from `origin`.
+
+    Where all is ready for the first step, and nothing can be refused any more, it calls `begin` with the steps that are done, in one process.
 
     Writes metrics.jsonl, tensorboard/ and checkpoints/ in `run`, a trace of the steps of `profile` into profile/, and the same figures to the
     Weights & Biases project `wandb`; returns the final state.
@@ -157,9 +169,9 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
         checkpoints = stack.enter_context(checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints))
         abstract = abstract_state(config, model, mesh)
         done = max(checkpoint.steps_in(run / "checkpoints"), default=0)
-        if done:
-            params, rest = checkpoints.restore(done, abstract.params, progress(abstract))
-            state = TrainState(params=params, **rest)
+        if folder := run / "checkpoints" / str(done) if done else origin:
+            params, rest = checkpoint.restore(folder, abstract.params, progress(abstract))
+            state, done = TrainState(params=params, **rest), int(rest["step"])
         else:
             state = first_state(config, model, mesh)
 
@@ -172,8 +184,13 @@ def train(config: Config, model: gpt2.Model, tokens: Path, run: Path, *, profile
         extra: dict[str, Any] = compiled._asdict()  # what else the first row holds
         n_params, device = gpt2.n_params(abstract.params), jax.devices()[0].device_kind
         flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
+
         # One process writes; where it cannot, none begins.
-        recorder = distributed.together(lambda: metrics.Recorder(run, config, resume_at=done, wandb=wandb) if distributed.leads() else None)
+        def record() -> metrics.Recorder:
+            begin(done)
+            return metrics.Recorder(run, config, resume_at=done, wandb=wandb)
+
+        recorder = distributed.together(lambda: record() if distributed.leads() else None)
         line = metrics.Progress(c.steps, done) if recorder else None
         if recorder:
             stack.enter_context(recorder)

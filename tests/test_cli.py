@@ -189,8 +189,16 @@ def largest(folder):
 
 def test_a_run_of_another_configuration_names_the_differing_fields(tiny_run, copied, capfd):
     before = contents(copied)
-    argv = ["run", tiny_run.experiment, "--out", copied, "--set", "optim.peak_lr=0.5", "--set", "train.steps=30"]
-    assert f"--out = {copied}: holds a run of another configuration (optim.peak_lr 0.01 -> 0.5, train.steps 20 -> 30)" in refused(argv, capfd)
+    argv = ["run", tiny_run.experiment, "--out", copied, "--set", "model.d_model=64", "--set", "train.seed=1", "--set", "train.steps=30"]
+    assert f"--out = {copied}: holds a run of another configuration (model.d_model 32 -> 64, train.seed 0 -> 1). Name" in refused(argv, capfd)
+    assert contents(copied) == before
+
+
+def test_a_run_that_has_ended_takes_no_other_settings_unless_it_is_to_go_on(tiny_run, copied, capfd):
+    before = contents(copied)
+    argv = ["run", tiny_run.experiment, "--out", copied, "--set", "optim.peak_lr=0.5"]
+    assert f"--out = {copied}: holds a run that has ended at step 20 (optim.peak_lr 0.01 -> 0.5). Train for more than 20" in refused(argv, capfd)
+    assert "ended at step 20 (train.steps 20 -> 10)" in refused([*argv[:-1], "train.steps=10"], capfd)
     assert contents(copied) == before
 
 

@@ -44,7 +44,8 @@ def again(tiny_run, folder, *more):
 def test_a_run_explains_itself(tiny_run):
     folder = tiny_run.folder
     assert {path.name for path in folder.iterdir()} == set(
-        "config.json run.json code tokens tokenizer metrics.jsonl tensorboard checkpoints evaluation.json samples.txt hf report.html loss.png".split()
+        "config.json run.json history.jsonl code tokens tokenizer metrics.jsonl tensorboard checkpoints".split()
+        + "evaluation.json samples.txt hf report.html loss.png".split()
         + ["compiled"] * ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
     )
     config = from_json((folder / "config.json").read_text())
@@ -72,6 +73,61 @@ def test_the_metrics_have_every_step_once(tiny_run):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert [row["step"] for row in rows if "val_loss" in row] == [10, 20]
     assert losses[20] < losses[1] - 1  # it learns
+
+
+def test_a_run_goes_on_with_another_length_and_learning_rate_and_its_history_says_so(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.folder, folder)
+    changes = {"train.steps": [20, 23], "optim.peak_lr": [0.01, 0.004], "optim.schedule": ["cosine", "constant"]}
+    sets = [word for field, (_, new) in changes.items() for word in ("--set", f"{field}={new}")]
+    assert cli.main(["run", str(tiny_run.experiment), "--out", str(folder), *sets]) == 0
+    rows = read_metrics(folder / "metrics.jsonl")
+    before = read_metrics(tiny_run.folder / "metrics.jsonl")
+    assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == list(range(1, 24))
+    assert [row["lr"] for row in rows if row.get("step", 0) > 20 and "lr" in row] == pytest.approx([0.004] * 3)
+    starts = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["changed"]) for start in starts] == [(0, {}), (20, changes)]
+    assert runs.read_config(folder).optim.peak_lr == 0.004 and runs.read_config(folder).train.steps == 23
+    evaluations = [json.loads((run / "evaluation.json").read_text())["val_loss"] for run in (tiny_run.folder, folder)]
+    assert evaluations[1] != evaluations[0]  # that of the new end
+
+
+def params_of(folder):
+    """All parameters of the newest checkpoint of a run, in a row."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(runs.load(folder).params)])
+
+
+def contents_of(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_fork_begins_at_the_named_checkpoint_and_without_a_change_is_the_same_run(tiny_run, tmp_path, capfd):
+    argv = ["train", str(tiny_run.experiment), "--out", str(tmp_path / "fork"), "--from", f"{tiny_run.folder}@15"]
+    assert cli.main([*argv, "--set", "train.save_every=19"]) == 0
+    np.testing.assert_array_equal(params_of(tmp_path / "fork"), params_of(tiny_run.folder))
+    origin = {"run": str(tiny_run.folder), "step": 15, "changed": {"train.save_every": [5, 19]}}
+    assert runs.read_json(tmp_path / "fork/run.json")["origin"] == origin
+    assert [row["step"] for row in read_metrics(tmp_path / "fork/metrics.jsonl") if "loss" in row] == list(range(16, 21))
+    assert contents_of(tiny_run.folder / "checkpoints") == {"15", "20"}
+
+    assert cli.main([*argv[:-1], f"{tiny_run.folder}@20", "--set", "train.save_every=19"]) == 2  # it began elsewhere
+    assert f"the run in {tmp_path / 'fork'} began from {tiny_run.folder}@15. Leave it out to go on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("origin", "sets", "message"),
+    [
+        ("{run}@16", {}, "no such checkpoint, it has 15, 20. Name a step that it has"),
+        ("{run}", {}, "is at step 20 of train.steps = 20. Train for more steps"),
+        ("{run}/nothing", {}, "no run is there. Name a run directory"),
+        ("{run}@15", {"model.d_ff": 128}, "does not hold this model's arrays: blocks.mlp.b_up_F (2, 64) instead of (2, 128)"),
+        ("{run}@15", {"data.tokenizer": "byte"}, "data.tokenizer = byte: another one than that of {run}"),
+    ],
+)
+def test_a_fork_that_cannot_be_is_refused(tiny_run, tmp_path, capfd, origin, sets, message):
+    argv = ["train", str(tiny_run.experiment), "--out", str(tmp_path / "fork"), "--from", origin.format(run=tiny_run.folder)]
+    assert cli.main([*argv, *(word for field, value in sets.items() for word in ("--set", f"{field}={value}"))]) == 2
+    assert message.format(run=tiny_run.folder) in capfd.readouterr().err
 
 
 def test_the_exported_folder_is_what_transformers_loads(tiny_run):

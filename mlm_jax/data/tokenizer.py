@@ -42,6 +42,10 @@ class Tokenizer:
         self.eot_id: int = core.get_vocab()[END_OF_TEXT]
         self._alphabet = frozenset(core.get_vocab()) - {END_OF_TEXT} if _is_characters(core) else None  # what is outside has no id
 
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Both give every text the same ids."""
+        return self._core.to_str() == other._core.to_str()
+
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
         """The ids of the text, int32.
 
