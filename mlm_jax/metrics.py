@@ -9,6 +9,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ PEAK_FLOPS = {
 # What differs between two runs of the same thing: seconds, speeds, bytes.
 MEASURED = frozenset(
     "tokens_per_s tokens_per_s_per_device mfu step_s idle_s data_s eval_s save_s compile_s programs programs_from_cache "
-    "memory_bytes memory_peak_bytes".split()
+    "memory_bytes memory_peak_bytes goodput".split()
 )
 
 
@@ -75,8 +76,10 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also over restarts. A number that is not finite, which JSON has not, is null."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Opens `path` for appending, without the rows after step `resume_at` that an interrupted run left."""
-        rows = [row for row in read_metrics(path) if row["step"] <= resume_at] if path.exists() else []
+        """Opens `path` for appending, without the rows after step `resume_at` that an interrupted run left; their steps took `lost_s`."""
+        found = read_metrics(path) if path.exists() else []
+        rows = [row for row in found if row["step"] <= resume_at]
+        self.lost_s = float(sum(row.get("step_s", 0) for row in found if row["step"] > resume_at))
         partial = path.with_suffix(".tmp")
         partial.write_text("".join(map(self._line, rows)), encoding="utf-8")
         partial.replace(path)
@@ -148,7 +151,9 @@ class Recorder:
         """`wandb` names a project; "" is none. Raises InputError where that does not start."""
         self._open = contextlib.ExitStack()
         self._sinks: list[Any] = [Wandb(wandb, config, run)] if wandb else []
-        self._sinks += [MetricsFile(run / "metrics.jsonl", resume_at=resume_at), TensorBoard(run / "tensorboard", resume_at=resume_at)]
+        file = MetricsFile(run / "metrics.jsonl", resume_at=resume_at)
+        self.lost_s = file.lost_s  # seconds that went to steps which have to be taken again
+        self._sinks += [file, TensorBoard(run / "tensorboard", resume_at=resume_at)]
         for sink in self._sinks:
             self._open.callback(sink.close)
 
@@ -170,18 +175,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
       InputError: a line in the middle is not a JSON object with a step.
     """
+    return read_rows(path, lambda row: isinstance(row.get("step"), int), "a JSON object with a step")
+
+
+def read_rows(path: Path, is_one: Callable[[dict[str, Any]], bool] = lambda row: True, what: str = "a JSON object") -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a last line that was cut off by a kill is left out.
+
+    Raises:
+      InputError: a line in the middle is not `what`, as `is_one` tells.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            ok = isinstance(row, dict) and isinstance(row.get("step"), int)
         except json.JSONDecodeError:
-            row, ok = {}, False
-        if ok:
+            row = None
+        if isinstance(row, dict) and is_one(row):
             rows.append(row)
         elif number < len(lines):
-            raise InputError(f"{path}:{number}", "", "not a JSON object with a step", "Remove the line")
+            raise InputError(f"{path}:{number}", "", f"not {what}", "Remove the line")
     return rows
 
 

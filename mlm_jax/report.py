@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlm_jax.config import Config, InputError, diff, from_json
+from mlm_jax.history import goodput, read_history
 
 MOST_POINTS = 2000  # in one drawn line: more than the picture has columns
 
@@ -37,8 +38,9 @@ def write_report(run_dir: Path) -> Path:
     name = config.name if config else run_dir.resolve().name
     run, evaluation = _read_object(run_dir / "run.json"), _read_object(run_dir / "evaluation.json")
     rows, unreadable = read_metrics(run_dir / "metrics.jsonl")
+    history = read_history(run_dir)
 
-    parts = [f"<h1>{escape(name)}</h1>", _facts(run, config, rows)]
+    parts = [f"<h1>{escape(name)}</h1>", _facts(run, config, rows, history)]
     if rows:
         picture = run_dir / "loss.png"
         draw(rows, evaluation, name).savefig(picture, dpi=160)
@@ -48,6 +50,8 @@ def write_report(run_dir: Path) -> Path:
     parts.append(_table("Evaluation", (_figure(key, value) for key, value in evaluation.items())))
     samples = _read(run_dir / "samples.txt")
     parts.append(f"<h2>Samples</h2><pre>{escape(samples)}</pre>" if samples else "")
+    starts = [row for row in history if "start" in row]
+    parts.append(_table("Starts", (_start(row) for row in starts)) if len(starts) > 1 else "")
     parts.append(_configuration(config) if config else "")
     page = PAGE.format(title=escape(name), body="\n".join(part for part in parts if part))
     path = run_dir / "report.html"
@@ -175,7 +179,7 @@ def thin(values: Float[np.ndarray, " n"], most: int = MOST_POINTS) -> Int[np.nda
     return np.array(sorted(kept))
 
 
-def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, Any]]) -> str:
+def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, Any]], history: list[dict[str, Any]]) -> str:
     facts: list[tuple[str, str]] = []
     for key, value in run.items():
         if key == "experiment" and isinstance(value, dict):
@@ -197,6 +201,8 @@ def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, A
     step_s, idle_s, data_s = (_series(rows, name)[1].sum() for name in ("step_s", "idle_s", "data_s"))
     if step_s:
         facts.append(("devices idle between steps", f"{idle_s / step_s:.2%} of the time, {data_s / step_s:.2%} for want of a batch"))
+    if found := goodput(history, rows):
+        facts.append(("goodput: time in steps that count", str(found)))
     if peaks.size:
         facts.append(("memory of a device, at most", f"{peaks.max() / 2**30:.2f} GiB"))
     return _table("", facts)
@@ -232,6 +238,13 @@ def _figure(key: str, value: Any) -> tuple[str, str]:
     else:
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
     return label, shown + unit
+
+
+def _start(row: dict[str, Any]) -> tuple[str, str]:
+    """When the run was started, and where, on what and with what changes."""
+    processes = f" in {row['processes']} processes" if row.get("processes", 1) > 1 else ""
+    changes = "".join(f", {field} {old!r} → {new!r}" for field, (old, new) in row.get("changed", {}).items())
+    return row["at"][:19].replace("T", " "), f"from step {row['start']:,} on {row.get('device', 'unknown devices')}{processes}{changes}"
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:

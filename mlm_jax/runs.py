@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,19 +202,15 @@ class Run:
             origin = self.origin and Path(self.origin.run) / "checkpoints" / str(self.origin.step)
             training.train(self.config, model, self.tokens, self.folder, origin=origin, begin=self._begin, profile=traced, wandb=wandb)
 
-    def _begin(self, done: int) -> None:
-        """Writes down that the run goes on at step `done`, and with what; what was made of an earlier end is taken away."""
+    def _begin(self, done: int) -> dict[str, Any]:
+        """The run goes on at step `done`: takes away what was made of an earlier end, writes the configuration; returns what the history holds."""
         for name in ("evaluation.json", "samples.txt"):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "hf", ignore_errors=True)
-        device = jax.devices()[0].device_kind
-        start = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": done, "git_commit": git_commit()}
-        start |= {"device": f"{jax.device_count()} x {device}", "processes": jax.process_count(), "changed": self.changes}
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
         if self.changes:
             self.say(f"goes on from step {done} with {_shown(self.changes)}")
             write_text(self.folder / "config.json", to_json(self.config))
+        return {"git_commit": git_commit(), "changed": self.changes}
 
     def evaluate(self) -> dict[str, Any]:
         """Loss over the whole validation split, and what xz needs for the same text, as evaluation.json holds them."""

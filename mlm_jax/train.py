@@ -5,7 +5,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mlm_jax import checkpoint, distributed, guard, metrics, objectives, observe, optim, sharding
+from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding
 from mlm_jax.config import Config, TrainConfig
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.tokens import open_tokens, read_manifest
@@ -139,16 +139,17 @@ def train(
     run: Path,
     *,
     origin: Path | None = None,
-    begin: Callable[[int], None] = lambda step: None,
+    begin: Callable[[int], Mapping[str, Any]] = lambda step: {},
     profile: observe.Profile | None = None,
     wandb: str = "",
 ) -> TrainState:
     """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest checkpoint in `run`, or else from `origin`.
 
-    Where all is ready for the first step, and nothing can be refused any more, it calls `begin` with the steps that are done, in one process.
+    Where all is ready for the first step, and nothing can be refused any more, one process calls `begin` with the steps that are done; what it
+    returns is part of the history.
 
-    Writes metrics.jsonl, tensorboard/ and checkpoints/ in `run`, a trace of the steps of `profile` into profile/, and the same figures to the
-    Weights & Biases project `wandb`; returns the final state.
+    Writes metrics.jsonl, history.jsonl, tensorboard/ and checkpoints/ in `run`, a trace of the steps of `profile` into profile/, and the same
+    figures to the Weights & Biases project `wandb`; returns the final state.
 
     Raises:
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
@@ -162,6 +163,7 @@ def train(
     windows = validation_windows(open_tokens(tokens, "val"), T)
     bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / math.log(2)  # nats/token -> bits/byte
 
+    clock = observe.Clock()
     with contextlib.ExitStack() as stack:
         # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
@@ -175,6 +177,8 @@ def train(
         else:
             state = first_state(config, model, mesh)
 
+        clock.lap("restoring" if done else "initialising")
+
         # The step, compiled for every batch size that is to come, and where its figures go.
         sizes = sorted({c.batch_size_at(step) for step in range(done, c.steps)})
         train_steps = {B: lower_step(config, model, mesh, B).compile() for B in sizes}
@@ -185,11 +189,15 @@ def train(
         n_params, device = gpt2.n_params(abstract.params), jax.devices()[0].device_kind
         flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
 
-        # One process writes; where it cannot, none begins.
-        def record() -> metrics.Recorder:
-            begin(done)
-            return metrics.Recorder(run, config, resume_at=done, wandb=wandb)
+        past = history.History(run / "history.jsonl")
 
+        def record() -> metrics.Recorder:
+            facts = begin(done)
+            recorder = metrics.Recorder(run, config, resume_at=done, wandb=wandb)
+            past.start(done, lost_s=recorder.lost_s, device=f"{mesh.size} x {device}", processes=jax.process_count(), **facts)
+            return recorder
+
+        # One process writes; where it cannot, none begins.
         recorder = distributed.together(lambda: record() if distributed.leads() else None)
         line = metrics.Progress(c.steps, done) if recorder else None
         if recorder:
@@ -244,7 +252,7 @@ def train(
         trace = stack.enter_context(contextlib.ExitStack())
         ahead = collections.deque(read(step) for step in range(done + 1, min(done + AHEAD, c.steps) + 1))
         given: observe.Dispatched | None = None
-        clock = observe.Clock()
+        clock.lap("compiling")
         for step in range(done + 1, c.steps + 1):
             if profile and step == profile.first:
                 trace.enter_context(jax.profiler.trace(run / "profile"))
@@ -286,9 +294,14 @@ def train(
                 say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
                 checkpoints.save(step, state.params, progress(state))
+                save_s = clock.lap("saving")
                 if recorder:
-                    recorder.write({"step": step, "save_s": round(clock.lap("saving"), 6)})
+                    recorder.write({"step": step, "save_s": round(save_s, 6)})
+                    past.spent(step, clock.seconds)
         n_skipped = int(state.recent.skipped)
+        if recorder and (found := history.goodput(history.read_history(run), metrics.read_metrics(run / "metrics.jsonl"))):
+            recorder.write({"step": c.steps, "goodput": round(found.share, 6)})
+            say(f"goodput {found}")
         say(f"trained {c.steps - done} steps in {clock}" + (f"; {n_skipped} of {c.steps} steps were skipped" if n_skipped else ""))
     return state
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "distributed", "sharding"),
     ("data", "model", "objectives", "optim"),
-    ("checkpoint", "experiment", "huggingface", "metrics", "observe", "weights"),
+    ("checkpoint", "experiment", "history", "huggingface", "metrics", "observe", "weights"),
     ("train", "guard", "decode", "evaluate"),
     ("plan", "ablate", "report", "doctor", "runs"),
     ("cli", "__init__", "__main__"),

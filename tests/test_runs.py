@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_another_length_and_learning_rate_and_its_history_say
     assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == list(range(1, 24))
     assert [row["lr"] for row in rows if row.get("step", 0) > 20 and "lr" in row] == pytest.approx([0.004] * 3)
     starts = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert [(start["step"], start["changed"]) for start in starts] == [(0, {}), (20, changes)]
+    assert [(start["start"], start["changed"]) for start in starts if "start" in start] == [(0, {}), (20, changes)]
     assert runs.read_config(folder).optim.peak_lr == 0.004 and runs.read_config(folder).train.steps == 23
     evaluations = [json.loads((run / "evaluation.json").read_text())["val_loss"] for run in (tiny_run.folder, folder)]
     assert evaluations[1] != evaluations[0]  # that of the new end
