@@ -1,7 +1,4 @@
-"""The command line: `mlm-jax VERB ...`. Nothing heavy is imported before a verb needs it.
-
-Exit status: 0 done, 1 the work failed, 2 the input was wrong (one line says which field, its value, the reason and the remedy).
-"""
+"""The command line: `mlm-jax VERB ...`. Nothing heavy is imported before a verb needs it. Exit status: status.py."""
 
 import argparse
 import contextlib
@@ -9,10 +6,15 @@ import ctypes
 import dataclasses
 import json
 import os
+import signal
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlm_jax import status
+from mlm_jax.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlm_jax.runs import Loaded
@@ -32,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.verb not in (import_, export):  # these touch each of many large arrays once
         keep_freed_memory()
-    status = 1
+    ended = status.FAILED
     try:
-        status = _execute(args)
+        ended = _execute(args)
     finally:
-        if status and _several(args):
+        if ended and _several(args):
             from mlm_jax import distributed
 
-            distributed.leave(status)
-    return status
+            distributed.leave(ended)
+    return ended
 
 
 def _several(args: argparse.Namespace) -> bool:
@@ -66,21 +68,24 @@ def _execute(args: argparse.Namespace) -> int:
         result = args.verb(args)
         if args.json and leads:
             print(json.dumps(result), file=stdout, flush=True)
-        return 0
+        return status.DONE
     except InputError as e:
         if args.traceback:
             raise
         print(f"mlm-jax: {e}", file=sys.stderr)
-        return 2
+        return status.BAD_INPUT
+    except Stopped as e:
+        print(f"mlm-jax: {e}", file=sys.stderr)
+        return status.STOPPED
     except KeyboardInterrupt:
         after = "; the same command goes on from the last checkpoint" if "experiment" in args else ""
         print(f"\nmlm-jax: interrupted{after}", file=sys.stderr)
-        return 130
+        return status.SIGNALLED + signal.SIGINT
     except Exception as e:
         if args.traceback:
             raise
         print(f"mlm-jax: {type(e).__name__}: {' '.join(str(e).split())[:500]} (--traceback shows where)", file=sys.stderr)
-        return 1
+        return status.FAILED
 
 
 def keep_freed_memory() -> None:
@@ -211,39 +216,41 @@ def _load(args: argparse.Namespace, reference: str) -> "Loaded":
     return loaded._replace(params=int8(loaded.params)) if args.int8 else loaded
 
 
-def _run(args: argparse.Namespace) -> Any:
-    from mlm_jax import distributed, experiment, runs
+@contextlib.contextmanager
+def _run(args: argparse.Namespace) -> Iterator[Any]:
+    """The run of the arguments, in a directory that no other process uses meanwhile."""
+    from mlm_jax import distributed, experiment, lock, runs
     from mlm_jax.config import parse_set
 
-    def load() -> Any:
-        loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
-        return runs.Run(loaded, args.out or Path("runs") / loaded.config.name, origin=getattr(args, "origin", ""))
-
-    return distributed.together(load)
+    loaded = distributed.together(lambda: experiment.load(args.experiment).with_changes(parse_set(args.set)))
+    folder = args.out or Path("runs") / loaded.config.name
+    with contextlib.ExitStack() as stack:
+        distributed.together(lambda: stack.enter_context(lock.hold(folder)) if distributed.leads() else None)
+        yield distributed.together(lambda: runs.Run(loaded, folder, origin=getattr(args, "origin", "")))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    made = _run(args)
-    made.check(profile=args.profile)
-    for stage in STAGES:
-        getattr(made, stage)(**({"profile": args.profile, "wandb": args.wandb} if stage == "train" else {}))
-    exported = ", hf/" if (made.folder / "hf").is_dir() else ""
-    print(f"done: {made.folder} (report.html, samples.txt{exported})", file=sys.stderr)
-    return {"run": str(made.folder), **made.evaluate()}
+    with _run(args) as made:
+        made.check(profile=args.profile)
+        for stage in STAGES:
+            getattr(made, stage)(**({"profile": args.profile, "wandb": args.wandb} if stage == "train" else {}))
+        exported = ", hf/" if (made.folder / "hf").is_dir() else ""
+        print(f"done: {made.folder} (report.html, samples.txt{exported})", file=sys.stderr)
+        return {"run": str(made.folder), **made.evaluate()}
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    made = _run(args)
-    manifest = made.prepare()
-    return {"tokens": str(made.tokens), "vocab_size": manifest.vocab_size, **{name: split.tokens for name, split in manifest.splits.items()}}
+    with _run(args) as made:
+        manifest = made.prepare()
+        return {"tokens": str(made.tokens), "vocab_size": manifest.vocab_size, **{name: split.tokens for name, split in manifest.splits.items()}}
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    made = _run(args)
-    made.check(profile=args.profile)
-    made.prepare()
-    made.train(profile=args.profile, wandb=args.wandb)
-    return {"run": str(made.folder), "step": made.config.train.steps}
+    with _run(args) as made:
+        made.check(profile=args.profile)
+        made.prepare()
+        made.train(profile=args.profile, wandb=args.wandb)
+        return {"run": str(made.folder), "step": made.config.train.steps}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

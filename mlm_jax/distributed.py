@@ -29,6 +29,7 @@ R = TypeVar("R")
 TIMEOUT_S = 300.0  # as long as jax.distributed.initialize waits by itself
 _GRACE_S = 10.0  # what an answer may take on its way, and how long a process that failed waits for others that failed too
 _LINE_BYTES = 4096  # of a message
+_STOP = "mlm_jax/stops_after"
 _NAMED = 8  # so many processes are named in one line
 
 
@@ -269,6 +270,29 @@ def together(work: Callable[[], R]) -> R:
             raise error
         raise first if isinstance(first, InputError) else RuntimeError(f"process {process}: {first}")
     return result  # pyright: ignore[reportReturnType]
+
+
+def stops_after(step: int, asked: bool) -> bool:
+    """Whether all processes stop after this step, the same in all; `asked` says that this process was asked to. Called before each step is given.
+
+    The first that was asked names the step, two further on. By then all know: a process gives a step when the one two before is done, which takes
+    all processes, and so what they had said before it.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return asked
+    from jax._src import distributed  # no public name: the store that all processes share
+
+    client: Any = distributed.global_state.client
+    try:
+        if asked:
+            client.key_value_set(_STOP, str(step + 2))
+        return int(client.key_value_try_get(_STOP)) <= step
+    except jax.errors.JaxRuntimeError as e:
+        if "ALREADY_EXISTS" in str(e):
+            return int(client.key_value_try_get(_STOP)) <= step
+        if "NOT_FOUND" in str(e):
+            return False
+        raise
 
 
 def _packed(error: Exception | None) -> bytes:

@@ -32,6 +32,8 @@ def hold(folder: Path, *, say: Callable[[str], None] = lambda line: print(line, 
         new = not folder.exists()
         file = _lock(path, say)
     except OSError as e:
+        if folder.is_file():
+            raise InputError("--out", str(folder), "is a file", "Name a directory") from e
         remedy = "Name a directory that can be written to with --out"
         raise InputError("--out", str(folder), f"cannot be written to ({os.strerror(e.errno or 0)})", remedy) from e
     try:

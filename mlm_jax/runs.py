@@ -87,8 +87,6 @@ class Run:
 
     def _check_folder(self) -> None:
         """Raises InputError where the directory is not this run's."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError("--out", str(self.folder), "is a file", "Name a directory")
         path = self.folder / "config.json"
         if not path.is_file():
             ours = {"tokens"} | ({"run.json", "code", "tokenizer"} if (self.folder / "run.json").is_file() else set())  # of a start that was cut off

@@ -21,6 +21,7 @@ from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.tokens import open_tokens, read_manifest
 from mlm_jax.evaluate import make_eval_step, mean_loss
 from mlm_jax.model import gpt2
+from mlm_jax.stopping import Requests, Stopped
 
 
 class TrainState(NamedTuple):
@@ -154,6 +155,7 @@ def train(
     Raises:
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
       Diverged: too many steps in a row had to be skipped.
+      Stopped: a signal asked for it, in one of the processes.
     """
     c, T = config.train, config.model.context_len
     mesh = sharding.make_mesh(config.mesh)
@@ -165,6 +167,8 @@ def train(
 
     clock = observe.Clock()
     with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(Requests())
+
         # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
         compiled_before = observe.compilation()
@@ -256,6 +260,7 @@ def train(
         for step in range(done + 1, c.steps + 1):
             if profile and step == profile.first:
                 trace.enter_context(jax.profiler.trace(run / "profile"))
+            stop = distributed.stops_after(step, requests.asked)
             asked = time.monotonic()
             batch = ahead.popleft().result()
             at = time.monotonic()
@@ -269,7 +274,7 @@ def train(
 
             last = step == c.steps
             validate = last or bool(c.eval_every and step % c.eval_every == 0)
-            save = last or bool(c.save_every and step % c.save_every == 0)
+            save = last or stop or bool(c.save_every and step % c.save_every == 0)
             if not (validate or save or c.debug or (profile and step in (profile.first - 1, profile.last))):
                 continue
             finite, given = write(given), None  # the step's own row comes before what follows from it
@@ -298,6 +303,8 @@ def train(
                 if recorder:
                     recorder.write({"step": step, "save_s": round(save_s, 6)})
                     past.spent(step, clock.seconds)
+                if stop and not last:
+                    raise Stopped(step)
         n_skipped = int(state.recent.skipped)
         if recorder and (found := history.goodput(history.read_history(run), metrics.read_metrics(run / "metrics.jsonl"))):
             recorder.write({"step": c.steps, "goodput": round(found.share, 6)})

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from the layers above its own and from its own layer, never from one below; "data" stands for the whole folder.
 LAYERS = (
-    ("config", "distributed", "lock", "sharding", "status"),
+    ("config", "distributed", "lock", "sharding", "status", "stopping"),
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "experiment", "history", "huggingface", "metrics", "observe", "weights"),
     ("train", "guard", "decode", "evaluate"),
