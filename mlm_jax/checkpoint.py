@@ -1,42 +1,76 @@
-"""Checkpoints of a run: written in the background, renamed into place when whole, restored onto whatever mesh is in use.
+"""Checkpoints of a run: written in the background, in place only when whole, restored onto whatever mesh is in use; on disk or in a bucket.
 
-A checkpoint is `checkpoints/<step>/` with two parts: "params", and "progress" (the optimizer's state and the step). Once it is written,
-files.json beside them lists the size and CRC-32 of every file, so that damage is found and named before anything is read.
+A checkpoint is `checkpoints/<step>/` with two parts: "params", and "progress" (the optimizer's state and the step). It says of itself what
+it was trained with (`about`). Once it is written, files.json beside them lists the size and the checksum of every file, so that damage is
+found and named before anything is read. A damaged checkpoint is moved aside, never deleted.
 """
 
+import itertools
 import json
 import logging
+import math
 import os
+import sys
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from mlm_jax import distributed
+from mlm_jax import distributed, storage
 from mlm_jax.config import InputError
+from mlm_jax.storage import Place
 
 FILES = "files.json"
 CHUNK_BYTES = 16 << 20  # dozens of pieces may be on their way to the disk at once
+_ABOUT = "_CHECKPOINT_METADATA"  # Orbax's own file, which holds what we say beside what it does
+_COMMITTED = "commit_success.txt"  # Orbax's last file: in a bucket nothing else tells a whole checkpoint from a half-written one
 _CRC_BYTES = 16 << 30  # larger checkpoints are checked by the sizes of their files alone: reading them twice would take minutes
+_SMALL_BYTES = 1 << 20  # files up to this size are checked by their bytes all the same
+_whole: dict[str, dict[str, storage.File]] = {}  # the files of checkpoints found whole: while they stay so, nothing is read again to be checked
+
+
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 class Checkpoints:
     """The checkpoints that a run writes into one folder; a context manager, which waits for what is being written when it ends.
 
-    Half-written checkpoints that a killed run left are removed at the start, so there must be one writer at a time.
+    Half-written checkpoints that a killed run left are removed at the start, so there must be one writer at a time. `newest` is the step of the
+    newest whole checkpoint that was there at the start, None without one.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        """Makes the folder; the newest `keep` checkpoints stay in it."""
-        self.folder = folder
-        newest: Any = ocp.training.preservation_policies.LatestN(keep)  # Any: its own protocol's types disagree with it
-        self._orbax = ocp.training.Checkpointer(str(folder.absolute()), context=_layout(), preservation_policy=newest, cleanup_tmp_directories=True)
-        self._writing: tuple[Path, Any] | None = None
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        about: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
+        """Makes the folder, after damaged checkpoints in it have been moved aside as `newest_whole` does.
+
+        The newest `keep` checkpoints stay in it, those whose step is a multiple of `keep_every`, and the `keep_best` with the lowest validation
+        loss. `about` is what each says of itself: values of JSON.
+        """
+        self.folder, self._about = storage.place(folder), dict(about or {})
+        self.newest = newest_whole(folder, say=say)
+        self._kept: Any = _Kept(keep, keep_every, keep_best, _losses(self.folder) if keep_best else {})  # Any: Orbax's protocol names its own types
+        self._orbax = ocp.training.Checkpointer(
+            storage.address(self.folder), context=_layout(), preservation_policy=self._kept, cleanup_tmp_directories=True
+        )
+        self._ends = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -45,27 +79,69 @@ class Checkpoints:
         try:
             self._finish()
         finally:
+            self._ends.shutdown()
             self._orbax.close()
 
-    def save(self, step: int, params: Any, progress: Any) -> None:
+    def save(self, step: int, params: Any, progress: Any, *, val_loss: float | None = None) -> None:
         """Starts writing checkpoint `step`, when the one before is whole; JAX arrays are copied before it returns, so that they may be donated.
 
-        NumPy arrays are not, and must stay as they are until this is written.
+        NumPy arrays are not, and must stay as they are until this is written. `val_loss` is the validation loss of these parameters, in nats/token.
+
+        Raises:
+          NotSaved: the one before could not be written, or this one not be begun.
         """
         self._finish()
-        self._writing = self.folder / str(step), self._orbax.save_checkpointables_async(step, {"params": params, "progress": progress}, force=True)
+        about = self._about | {"step": step}
+        if val_loss is not None and math.isfinite(val_loss):
+            self._kept.losses[step] = about["val_loss"] = val_loss
+        parts = {"params": params, "progress": progress}
+        try:
+            response = self._orbax.save_checkpointables_async(step, parts, force=True, custom_metadata=about)
+        except Exception as e:  # whatever the storage layer raised
+            raise self._not_saved(step, e) from e
+        self._writing = self._ends.submit(self._end, step, response)
 
     def restore(self, step: int, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
         """(params, progress) of checkpoint `step`, as `restore` returns them."""
         return restore(self.folder / str(step), params, progress)
 
-    def _finish(self) -> None:
-        if self._writing:
-            folder, response = self._writing
-            self._writing = None
+    def _end(self, step: int, response: Any) -> None:
+        """Waits until checkpoint `step` is written, and seals it."""
+        try:
             response.result()
             if distributed.leads():
-                _seal(folder)
+                _seal(self.folder / str(step))
+        except Exception as e:
+            raise self._not_saved(step, e) from e
+
+    def _finish(self) -> None:
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _not_saved(self, step: int, reason: Exception) -> NotSaved:
+        return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {_first_line(reason)}")
+
+
+class _Kept:
+    """Which checkpoints stay; Orbax asks after each save.
+
+    Orbax's own policy for the best would fail at the start over a damaged checkpoint, however old.
+    """
+
+    def __init__(self, newest: int, every: int, best: int, losses: dict[int, float]) -> None:
+        self.newest, self.every, self.best, self.losses = newest, every, best, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = set(steps[-self.newest :]) | {step for step in steps if self.every and step % self.every == 0}
+        stay |= set(_by_loss({step: self.losses[step] for step in steps if step in self.losses})[: self.best])
+        return [step in stay for step in steps]
+
+
+def _by_loss(losses: Mapping[int, float]) -> list[int]:
+    """The steps, from the lowest loss up; of equal losses the newer step first."""
+    return sorted(losses, key=lambda step: (losses[step], -step))
 
 
 def _layout() -> ocp.Context:
@@ -87,7 +163,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
 
 
-def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
+def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = None) -> tuple[Any, Any]:
     """(params, progress) of the checkpoint in `folder`, with the shapes, types and shardings of the given ShapeDtypeStructs; it changes no file.
 
     Where NumPy arrays are given, of any content, NumPy arrays come back.
@@ -97,68 +173,203 @@ def restore(folder: Path, params: Any, progress: Any | None = None) -> tuple[Any
     Raises:
       InputError: the checkpoint is damaged, or does not hold these arrays.
     """
-    _check_whole(folder)
+    place = storage.place(folder)
+    distributed.together(lambda: _check_whole(place) if distributed.leads() else None)
     wanted = {"params": params} | ({} if progress is None else {"progress": progress})
     try:
-        stored = ocp.checkpointables_metadata(str(folder.absolute())).metadata
+        stored = ocp.checkpointables_metadata(storage.address(place)).metadata
     except Exception as e:  # a damaged file surfaces as whatever the storage layer raised
-        raise _damaged(folder, e) from e
+        raise _damaged(place, e) from e
     for part, tree in wanted.items():
         if stored.get(part) is None:
-            raise _damaged(folder, f"no readable {part}")
-        _check_same_arrays(folder / part, stored[part], tree)
+            raise _damaged(place, f"no readable {part}")
+        _check_same_arrays(place / part, stored[part], tree)
     try:
-        found = ocp.load_checkpointables(str(folder.absolute()), wanted)
+        found = ocp.load_checkpointables(storage.address(place), wanted)
     except Exception as e:
-        raise _damaged(folder, e) from e
+        raise _damaged(place, e) from e
     return found["params"], found.get("progress")
 
 
-def steps_in(folder: Path) -> list[int]:
+def steps_in(folder: str | os.PathLike[str]) -> list[int]:
     """The steps that have a finished checkpoint in `folder`, oldest first."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+    place = storage.place(folder)
+    finished = (lambda path: (path / _COMMITTED).exists()) if storage.is_in_bucket(place) else (lambda path: path.is_dir())
+    return sorted(int(path.name) for path in place.iterdir() if path.name.isdigit() and finished(path)) if place.is_dir() else []
 
 
-def _seal(folder: Path) -> None:
-    """Writes down what the files of a finished checkpoint are."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    values = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size} for path in files}
-    if sum(value["bytes"] for value in values.values()) <= _CRC_BYTES:
-        for value, crc in zip(values.values(), _crc32s(files), strict=True):
-            value["crc32"] = crc
-    partial = folder / f".{FILES}.partial"
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / FILES)
+def newest_whole(folder: str | os.PathLike[str], *, say: Callable[[str], None]) -> int | None:
+    """The step of the newest whole checkpoint in `folder`, None without one; the same in every process.
+
+    Each newer one is damaged: it is renamed to STEP.damaged, and `say` hears what is wrong with it.
+    """
+    step = distributed.together(lambda: _newest_whole(storage.place(folder), say) if distributed.leads() else None)
+    if not jax.distributed.is_initialized():
+        return step
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step
 
 
-def _check_whole(folder: Path) -> None:
-    """Raises InputError, naming the file, where one is missing, cut short or changed; a run killed before `_seal` has nothing to check against."""
-    if not (folder / FILES).is_file():
-        return
+def _newest_whole(folder: Place, say: Callable[[str], None]) -> int | None:
+    damaged: dict[int, str] = {}
+    newest = None
+    for step in reversed(steps_in(folder)):
+        fault = _fault(folder / str(step))
+        if fault is None:
+            newest = step
+            break
+        damaged[step] = fault
+    instead = "there is none before it" if newest is None else f"checkpoint {newest} is used instead"
+    for step, fault in damaged.items():
+        places = (folder / f"{step}.damaged{f'.{n}' if n else ''}" for n in itertools.count())
+        aside = next(place for place in places if not place.exists())
+        (folder / str(step)).rename(aside)
+        say(f"checkpoint {step} is damaged: {fault}; it was moved to {aside.name}, {instead}")
+    if newest is not None and not (folder / str(newest) / FILES).exists():
+        _seal(folder / str(newest))
+        say(f"checkpoint {newest} had no {FILES}: its arrays' files have their sizes, but whether a byte had changed could not be told")
+    return newest
+
+
+def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the checkpoint in `folder` says of itself: its step, its validation loss where there was one, and what `Checkpoints` was given.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    place = storage.place(folder)
     try:
-        values = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        return dict(_json(place, _ABOUT)["custom_metadata"] or {})
+    except (ValueError, TypeError, KeyError) as e:
+        raise _damaged(place, e) from e
+
+
+def best_step(folder: str | os.PathLike[str]) -> int | None:
+    """The step of the checkpoint in `folder` with the lowest validation loss, None where none has one."""
+    return next(iter(_by_loss(_losses(storage.place(folder)))), None)
+
+
+def _losses(folder: Place) -> dict[int, float]:
+    """The validation losses of the checkpoints that tell it."""
+    losses = {}
+    for step in steps_in(folder):
+        try:
+            losses[step] = about(folder / str(step)).get("val_loss")
+        except InputError:  # of an old checkpoint, which nobody asked for
+            continue
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+# ---- whether a checkpoint is whole ----
+
+
+def _seal(folder: Place) -> None:
+    """Writes down what the files of a finished checkpoint are."""
+    files = {name: file for name, file in storage.files(folder).items() if name != FILES}
+    values: dict[str, dict[str, Any]] = {name: {"bytes": file.bytes} for name, file in files.items()}
+    if isinstance(folder, Path):
+        whole = sum(file.bytes for file in files.values()) <= _CRC_BYTES
+        summed = [name for name, file in files.items() if whole or file.bytes <= _SMALL_BYTES]
+        for name, crc in zip(summed, _crc32s([folder / name for name in summed]), strict=True):
+            values[name]["crc32"] = crc
+    else:
+        for name, file in files.items():
+            values[name]["crc32c"] = file.crc32c
+    storage.write_text(folder / FILES, json.dumps(values, indent=1) + "\n")
+    _whole[storage.address(folder)] = storage.files(folder)
+
+
+def _check_whole(folder: Place) -> None:
+    """Raises InputError, naming the file, where one is missing, cut short or changed."""
+    if fault := _fault(folder):
+        raise _damaged(folder, fault)
+
+
+def _fault(folder: Place) -> str | None:
+    """The first file that is not as it was written, in words; None of a whole checkpoint, which is read once for it and not again."""
+    files = storage.files(folder)
+    if _whole.get(storage.address(folder)) == files:
+        return None
+    fault = _sealed_fault(folder, files) if FILES in files else _unsealed_fault(folder, files)
+    if fault is None:
+        _whole[storage.address(folder)] = files
+    return fault
+
+
+def _sealed_fault(folder: Place, files: Mapping[str, storage.File]) -> str | None:
+    try:
+        values = _json(folder, FILES)
         for name, then in values.items():
-            path = folder / name
-            if not path.is_file():
-                raise _damaged(folder, f"{name} is missing")
-            if path.stat().st_size != then["bytes"]:
-                raise _damaged(folder, f"{name} has {path.stat().st_size} bytes, {then['bytes']} were written")
-        summed = {name: then["crc32"] for name, then in values.items() if "crc32" in then}
+            if fault := _size_fault(name, then["bytes"], files):
+                return fault
+            if "crc32c" in then and files[name].crc32c and files[name].crc32c != then["crc32c"]:
+                return f"{name} has other bytes than were written"
+        summed = {name: then["crc32"] for name, then in values.items() if "crc32" in then and isinstance(folder, Path)}
         for (name, then), crc in zip(summed.items(), _crc32s([folder / name for name in summed]), strict=True):
             if crc != then:
-                raise _damaged(folder, f"{name} has other bytes than were written")
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise _damaged(folder, f"{FILES}: {e}") from e
+                return f"{name} has other bytes than were written"
+    except ValueError as e:
+        return _first_line(e)
+    except (TypeError, KeyError, AttributeError):
+        return f"{FILES} is no list of files"
+    return None
 
 
-def _crc32s(paths: Sequence[Path]) -> list[int]:
+def _unsealed_fault(folder: Place, files: Mapping[str, storage.File]) -> str | None:
+    """The same of a checkpoint without its list, as a run leaves that is killed before `_seal`: by what Orbax wrote of its arrays."""
+    if not files:
+        return "it is empty"
+    try:
+        _json(folder, _ABOUT)
+        for part in ("params", "progress"):
+            for leaf in _json(folder, f"{part}/_METADATA")["tree_metadata"].values():
+                if leaf["value_metadata"]["skip_deserialize"]:  # None, where the optimizer has nothing to keep
+                    continue
+                array = f"{part}/{'.'.join(str(key['key']) for key in leaf['key_metadata'])}"
+                for piece, size in _pieces(_json(folder, f"{array}/zarr.json")).items():
+                    if fault := _size_fault(f"{array}/{piece}", size, files):
+                        return fault
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        return _first_line(e)
+    return None
+
+
+def _json(folder: Place, name: str) -> Any:
+    """What a file of JSON holds. Raises ValueError, naming it, where it is missing or holds something else."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ValueError(f"{name} is missing") from e
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e
+
+
+def _size_fault(name: str, size: int, files: Mapping[str, storage.File]) -> str | None:
+    if name not in files:
+        return f"{name} is missing"
+    return None if files[name].bytes == size else f"{name} has {files[name].bytes} bytes, {size} were written"
+
+
+def _pieces(array: Mapping[str, Any]) -> dict[str, int]:
+    """The files of an array that `_layout` writes, and their sizes in bytes, by its zarr.json.
+
+    A file holds one block of the array, uncompressed, then the blocks' offset and size (8 bytes each) and a checksum of these (4).
+    Source: Zarr 3, "Sharding codec" and "Regular grids"; default chunk keys.
+    """
+    chunk = array["chunk_grid"]["configuration"]["chunk_shape"]
+    inner = array["codecs"][0]["configuration"]["chunk_shape"]
+    n_inner = math.prod(-(-whole // part) for whole, part in zip(chunk, inner, strict=True))
+    size = n_inner * (math.prod(inner) * jnp.dtype(array["data_type"]).itemsize + 16) + 4
+    grid = [-(-whole // part) for whole, part in zip(array["shape"], chunk, strict=True)]
+    return {"/".join(["c", *map(str, index)]): size for index in np.ndindex(*grid)}
+
+
+def _crc32s(paths: Sequence[Place]) -> list[int]:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(_crc32, paths))
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Place) -> int:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -166,23 +377,29 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _damaged(folder: Path, reason: object) -> InputError:
-    words = next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)[:200]
-    return InputError("checkpoint", str(folder), f"damaged: {words}", "Remove this folder to go on from the checkpoint before it, or from the start")
+def _first_line(reason: object) -> str:
+    return next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)[:200]
 
 
-def _check_same_arrays(part: Path, stored: Any, wanted: Any) -> None:
-    """Raises InputError, naming each array that is missing, extra or of another shape."""
-    have, want = _shapes(stored), _shapes(wanted)
+def _damaged(folder: Place, reason: object) -> InputError:
+    remedy = "Remove this folder to go on from the checkpoint before it, or from the start"
+    return InputError("checkpoint", str(folder), f"damaged: {_first_line(reason)}", remedy)
+
+
+def _check_same_arrays(part: Place, stored: Any, wanted: Any) -> None:
+    """Raises InputError, naming each array that is missing, extra, or of another shape or type."""
+    have, want = _arrays(stored), _arrays(wanted)
     names = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if names:
         wrong = ", ".join(f"{name} {have.get(name, 'missing')} instead of {want.get(name, 'none')}" for name in names)
         raise InputError("checkpoint", str(part), f"does not hold this model's arrays: {wrong}", "Use the configuration it was trained with")
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _arrays(tree: Any) -> dict[str, str]:
+    """The type and shape of each array, by its name."""
+
     def word(key: Any) -> str:
         return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(word(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+    return {".".join(word(key) for key in path): f"{jnp.dtype(leaf.dtype).name}{tuple(leaf.shape)}" for path, leaf in leaves}

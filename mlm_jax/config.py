@@ -267,6 +267,8 @@ class TrainConfig:
     eval_windows: int = 64  # validation windows read each time; `mlm-jax evaluate` reads all
     save_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest that stay on disk
+    keep_every: int = 0  # those of steps that are a multiple of this stay too; 0: none
+    keep_best: int = 0  # so many with the lowest validation loss stay too
     seed: int = 0
     loss_chunks: int = 1  # the logits are made for this many parts of T, one after the other, and again in the backward pass: never B x T x V
     z_loss: float = 0.0  # adds this times the square of log sum exp(logits) (de Brebisson & Vincent 2016; PaLM, section 5: 1e-4)
@@ -280,7 +282,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "train.")
-        _at_least(self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, seed=0)
+        _at_least(
+            self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, keep_every=0, keep_best=0, seed=0
+        )
         _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, ramp_from=0, ramp_steps=0, skip_sigmas=0, max_skips=1)
         _check(
             self.batch_size % self.micro_batches == 0,
@@ -288,6 +292,13 @@ class TrainConfig:
             self.micro_batches,
             f"does not divide train.batch_size = {self.batch_size}",
             f"Choose from: {', '.join(str(n) for n in range(1, min(self.batch_size, 64) + 1) if self.batch_size % n == 0)}",
+        )
+        _check(
+            not self.keep_best or (self.eval_every > 0 and self.save_every % self.eval_every == 0),
+            "train.keep_best",
+            self.keep_best,
+            f"not every checkpoint's loss is known: train.save_every = {self.save_every} is no multiple of train.eval_every = {self.eval_every}",
+            "Make it one, or set train.keep_best to 0",
         )
         self._check_ramp()
         _fraction(self, "train", "label_smoothing")

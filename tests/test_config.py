@@ -125,6 +125,13 @@ def test_an_int_serves_where_a_float_is_due():
             {"d_model": 2, "n_heads": 4},
             "model.d_model = 2: model.n_heads = 4 does not divide it, a head would be 0.50 wide. Nearest that fit: 4.",
         ),
+        (TrainConfig, {"keep_every": -1}, "train.keep_every = -1: below the least that makes sense, 0. Give a finite value of 0 or more."),
+        (
+            TrainConfig,
+            {"keep_best": 2, "save_every": 100, "eval_every": 40},
+            "train.keep_best = 2: not every checkpoint's loss is known: train.save_every = 100 is no multiple of train.eval_every = 40. "
+            "Make it one, or set train.keep_best to 0.",
+        ),
         (ModelConfig, {"n_layers": 0}, "model.n_layers = 0: below the least that makes sense, 1. Give a finite value of 1 or more."),
         (ModelConfig, {"dropout": 1.0}, "model.dropout = 1.0: not a fraction. Give a value from 0 up to, not including, 1."),
         (ModelConfig, {"dropout": math.nan}, "model.dropout = nan: not a fraction. Give a value from 0 up to, not including, 1."),

