@@ -16,7 +16,7 @@ LAYERS = (
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "experiment", "history", "huggingface", "metrics", "observe", "weights"),
     ("train", "guard", "decode", "evaluate"),
-    ("plan", "ablate", "report", "doctor", "runs"),
+    ("plan", "ablate", "report", "doctor", "runs", "supervise"),
     ("cli", "__init__", "__main__"),
 )
 
