@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     ended = status.FAILED
     try:
-        ended = _execute(args)
+        ended = _execute(args, sys.argv[1:] if argv is None else argv)
     finally:
-        if ended and _several(args):
+        if ended and _several(args) and not getattr(args, "supervise", False):
             from mlm_jax import distributed
 
             distributed.leave(ended)
@@ -50,11 +50,13 @@ def _several(args: argparse.Namespace) -> bool:
     return getattr(args, "distributed", False) or any(getattr(args, name, None) is not None for name in ("coordinator", "processes", "process"))
 
 
-def _execute(args: argparse.Namespace) -> int:
+def _execute(args: argparse.Namespace, argv: list[str]) -> int:
     """Does what the arguments ask for; returns the exit status, or raises where they ask for the traceback."""
     from mlm_jax.config import InputError
 
     try:
+        if getattr(args, "supervise", False):
+            return _supervise(args, argv)
         leads, stdout = True, sys.stdout
         if _several(args):
             from mlm_jax import distributed
@@ -127,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
         if function is not prepare:
             sub.add_argument("--from", dest="origin", default="", metavar="RUN[@STEP]", help="fork: begin a new run from a checkpoint of another")
+            sub.add_argument("--supervise", action="store_true", help="start it again whenever it fails, but for bad input, until it is done")
             sub.add_argument("--profile", default="", metavar="FIRST:LAST", help="write a trace of these steps, both included, into profile/")
             sub.add_argument("--wandb", default="", metavar="PROJECT", help="send the figures to Weights & Biases too")
         sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
@@ -216,14 +219,29 @@ def _load(args: argparse.Namespace, reference: str) -> "Loaded":
     return loaded._replace(params=int8(loaded.params)) if args.int8 else loaded
 
 
+def _supervise(args: argparse.Namespace, argv: list[str]) -> int:
+    """Runs the command in a process of its own, again and again until it is done; returns how it ended."""
+    from mlm_jax import supervise
+
+    folder = _loaded(args)[1]
+    return supervise.run(argv, lambda: supervise.newest_step(folder))
+
+
+def _loaded(args: argparse.Namespace) -> tuple[Any, Path]:
+    """The experiment of the arguments, and its run directory."""
+    from mlm_jax import experiment
+    from mlm_jax.config import parse_set
+
+    loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
+    return loaded, args.out or Path("runs") / loaded.config.name
+
+
 @contextlib.contextmanager
 def _run(args: argparse.Namespace) -> Iterator[Any]:
     """The run of the arguments, in a directory that no other process uses meanwhile."""
-    from mlm_jax import distributed, experiment, lock, runs
-    from mlm_jax.config import parse_set
+    from mlm_jax import distributed, lock, runs
 
-    loaded = distributed.together(lambda: experiment.load(args.experiment).with_changes(parse_set(args.set)))
-    folder = args.out or Path("runs") / loaded.config.name
+    loaded, folder = distributed.together(lambda: _loaded(args))
     with contextlib.ExitStack() as stack:
         distributed.together(lambda: stack.enter_context(lock.hold(folder)) if distributed.leads() else None)
         yield distributed.together(lambda: runs.Run(loaded, folder, origin=getattr(args, "origin", "")))

@@ -4,6 +4,7 @@ config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  
 history.jsonl (every start, and what was changed then)  compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -183,7 +184,7 @@ class Run:
         return ({"origin": self.origin._asdict()} if self.origin else {}) | {
             "experiment": experiment.record(self.experiment),
             "git_commit": git_commit(),
-            "versions": {"python": platform.python_version()} | {p: version for p in PACKAGES if (version := _version(p))},
+            "versions": versions(),
             "device": f"{jax.device_count()} x {device}",
             "parameters": gpt2.n_params(jax.eval_shape(lambda: gpt2.init(self.experiment.build(self.config.model), jax.random.key(0)))),
         }
@@ -198,7 +199,13 @@ class Run:
         if done < self.config.train.steps:
             model = self.experiment.build(self.config.model)
             origin = self.origin and Path(self.origin.run) / "checkpoints" / str(self.origin.step)
-            training.train(self.config, model, self.tokens, self.folder, origin=origin, begin=self._begin, profile=traced, wandb=wandb)
+            training.train(
+                self.config, model, self.tokens, self.folder, origin=origin, about=self._about(), begin=self._begin, profile=traced, wandb=wandb
+            )
+
+    def _about(self) -> dict[str, Any]:
+        """What each checkpoint says of the run."""
+        return {"config": dataclasses.asdict(self.config), "git_commit": git_commit(), "versions": versions()}
 
     def _begin(self, done: int) -> dict[str, Any]:
         """The run goes on at step `done`: takes away what was made of an earlier end, writes the configuration; returns what the history holds."""
@@ -531,6 +538,11 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that make a run what it is."""
+    return {"python": platform.python_version()} | {package: version for package in PACKAGES if (version := _version(package))}
 
 
 def _version(package: str) -> str | None:

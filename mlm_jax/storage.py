@@ -36,7 +36,7 @@ def place(folder: str | os.PathLike[str]) -> Place:
     name = re.sub("^gs:/+", "gs://", name)
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError("folder", name, "Google Cloud Storage needs gcsfs, which is not installed", 'pip install -e ".[gcs]"')
-    import fsspec
+    import fsspec.config
 
     for library in ("gcs", "gs"):  # other processes write there, so a listing is never kept
         fsspec.config.conf.setdefault(library, {})["use_listings_cache"] = False

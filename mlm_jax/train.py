@@ -140,11 +140,13 @@ def train(
     run: Path,
     *,
     origin: Path | None = None,
+    about: Mapping[str, Any] | None = None,
     begin: Callable[[int], Mapping[str, Any]] = lambda step: {},
     profile: observe.Profile | None = None,
     wandb: str = "",
 ) -> TrainState:
-    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest checkpoint in `run`, or else from `origin`.
+    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest whole checkpoint in `run`, or else from
+    `origin`. Each checkpoint holds what `about` says of the run.
 
     Where all is ready for the first step, and nothing can be refused any more, one process calls `begin` with the steps that are done; what it
     returns is part of the history.
@@ -172,9 +174,11 @@ def train(
         # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
         compiled_before = observe.compilation()
-        checkpoints = stack.enter_context(checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints))
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints, keep_every=c.keep_every, keep_best=c.keep_best, about=about)
+        )
         abstract = abstract_state(config, model, mesh)
-        done = max(checkpoint.steps_in(run / "checkpoints"), default=0)
+        done = checkpoints.newest or 0
         if folder := run / "checkpoints" / str(done) if done else origin:
             params, rest = checkpoint.restore(folder, abstract.params, progress(abstract))
             state, done = TrainState(params=params, **rest), int(rest["step"])
@@ -286,6 +290,7 @@ def train(
                 say(f"step {step}: the trace of steps {profile.first} to {step} is in {run / 'profile'}")
             if c.debug or profile:
                 clock.lap("looking")
+            loss = None
             if validate:
                 loss, *averaged = (
                     mean_loss(eval_step, params, windows, mesh, batch_size=c.batch_size // c.micro_batches, at_most=c.eval_windows)[0]
@@ -298,7 +303,7 @@ def train(
                 also = "".join(f"; of the averaged weights {x:.4f}" for x in averaged)
                 say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
-                checkpoints.save(step, state.params, progress(state))
+                checkpoints.save(step, state.params, progress(state), val_loss=loss)
                 save_s = clock.lap("saving")
                 if recorder:
                     recorder.write({"step": step, "save_s": round(save_s, 6)})

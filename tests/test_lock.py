@@ -157,7 +157,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused(name):
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(InputError, match=r"run: cannot be written to \("), lock.hold(tmp_path / "run"):
+    with pytest.raises(InputError, match=r"run: is a file\. Name a directory"), lock.hold(tmp_path / "run"):
         pass
 
 

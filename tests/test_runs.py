@@ -120,7 +120,7 @@ def test_a_fork_begins_at_the_named_checkpoint_and_without_a_change_is_the_same_
         ("{run}@16", {}, "no such checkpoint, it has 15, 20. Name a step that it has"),
         ("{run}", {}, "is at step 20 of train.steps = 20. Train for more steps"),
         ("{run}/nothing", {}, "no run is there. Name a run directory"),
-        ("{run}@15", {"model.d_ff": 128}, "does not hold this model's arrays: blocks.mlp.b_up_F (2, 64) instead of (2, 128)"),
+        ("{run}@15", {"model.d_ff": 128}, "does not hold this model's arrays: blocks.mlp.b_up_F float32(2, 64) instead of float32(2, 128)"),
         ("{run}@15", {"data.tokenizer": "byte"}, "data.tokenizer = byte: another one than that of {run}"),
     ],
 )

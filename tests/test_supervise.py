@@ -143,8 +143,8 @@ sys.exit(75)
 """
 
 
-def supervisor(child: str, *argv: object, **settings: object) -> subprocess.Popen[str]:
-    command, pipe = [sys.executable, "-c", SUPERVISOR, child, *map(str, argv)], subprocess.PIPE
+def supervisor(child: str, *argv: object, under: tuple[str, ...] = (), **settings: object) -> subprocess.Popen[str]:
+    command, pipe = [*under, sys.executable, "-c", SUPERVISOR, child, *map(str, argv)], subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, **settings)  # pyright: ignore
 
 
@@ -189,7 +189,7 @@ def test_a_request_to_stop_ends_the_wait_for_the_next_start(tmp_path):
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    with supervisor(NOTING, 1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:  # what nohup does
+    with supervisor(NOTING, 1, under=("sh", "-c", 'trap "" HUP; exec "$@"', "sh")) as process:  # what nohup does
         assert line(process) == "ready"
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
