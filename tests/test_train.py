@@ -39,8 +39,8 @@ def run_until(step, config, tokens, folder):
     class Stop(Exception):
         pass
 
-    def save(self, at, *args, save=checkpoint.Checkpoints.save):
-        save(self, at, *args)
+    def save(self, at, *args, save=checkpoint.Checkpoints.save, **how):
+        save(self, at, *args, **how)
         if at == step:
             raise Stop
 
