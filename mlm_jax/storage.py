@@ -36,7 +36,7 @@ def place(folder: str | os.PathLike[str]) -> Place:
     name = re.sub("^gs:/+", "gs://", name)
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError("folder", name, "Google Cloud Storage needs gcsfs, which is not installed", 'pip install -e ".[gcs]"')
-    import fsspec
+    import fsspec.config
 
     for library in ("gcs", "gs"):  # other processes write there, so a listing is never kept
         fsspec.config.conf.setdefault(library, {})["use_listings_cache"] = False
@@ -62,6 +62,18 @@ def files(folder: Place) -> dict[str, File]:
     root = str(folder).removeprefix("gs://").rstrip("/") + "/"
     found = fsspec.filesystem("gcs").find(root, detail=True)
     return {name.removeprefix(root): File(int(o["size"]), int(o["generation"]), o["crc32c"]) for name, o in sorted(found.items())}
+
+
+def move(folder: Place, new: Place) -> None:
+    """Gives a folder another name; in a bucket every file is copied before the first is deleted."""
+    if isinstance(folder, Path):
+        folder.rename(new)
+        return
+    import fsspec
+
+    bucket, names = fsspec.filesystem("gcs"), list(files(folder))
+    bucket.copy([str(folder / name) for name in names], [str(new / name) for name in names])
+    bucket.rm([str(folder / name) for name in names])
 
 
 def write_text(path: Place, text: str) -> None:
