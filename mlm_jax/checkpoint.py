@@ -5,6 +5,7 @@ it was trained with (`about`). Once it is written, files.json beside them lists 
 found and named before anything is read. A damaged checkpoint is moved aside, never deleted.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -80,7 +81,8 @@ class Checkpoints:
             self._finish()
         finally:
             self._ends.shutdown()
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # it raises again what has been raised of a save that failed
+                self._orbax.close()
 
     def save(self, step: int, params: Any, progress: Any, *, val_loss: float | None = None) -> None:
         """Starts writing checkpoint `step`, when the one before is whole; JAX arrays are copied before it returns, so that they may be donated.
@@ -223,7 +225,7 @@ def _newest_whole(folder: Place, say: Callable[[str], None]) -> int | None:
     for step, fault in damaged.items():
         places = (folder / f"{step}.damaged{f'.{n}' if n else ''}" for n in itertools.count())
         aside = next(place for place in places if not place.exists())
-        (folder / str(step)).rename(aside)
+        storage.move(folder / str(step), aside)
         say(f"checkpoint {step} is damaged: {fault}; it was moved to {aside.name}, {instead}")
     if newest is not None and not (folder / str(newest) / FILES).exists():
         _seal(folder / str(newest))

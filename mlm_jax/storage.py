@@ -64,6 +64,18 @@ def files(folder: Place) -> dict[str, File]:
     return {name.removeprefix(root): File(int(o["size"]), int(o["generation"]), o["crc32c"]) for name, o in sorted(found.items())}
 
 
+def move(folder: Place, new: Place) -> None:
+    """Gives a folder another name; in a bucket every file is copied before the first is deleted."""
+    if isinstance(folder, Path):
+        folder.rename(new)
+        return
+    import fsspec
+
+    bucket, names = fsspec.filesystem("gcs"), list(files(folder))
+    bucket.copy([str(folder / name) for name in names], [str(new / name) for name in names])
+    bucket.rm([str(folder / name) for name in names])
+
+
 def write_text(path: Place, text: str) -> None:
     """Writes a file whole or not at all."""
     if not isinstance(path, Path):
