@@ -156,11 +156,14 @@ def test_a_whole_run_of_several_processes_is_that_of_one(n, devices, tiny_run, t
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_the_checkpoint_of_one(tiny_run, tmp_path):
+def test_two_processes_go_on_from_the_newest_whole_checkpoint_of_one(tiny_run, tmp_path):
     shutil.copytree(tiny_run.folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/20")
+    (tmp_path / "run/checkpoints/20").rename(tmp_path / "run/checkpoints/18")
+    (tmp_path / "run/checkpoints/18/params/_METADATA").unlink()
     finished = run_processes(tmp_path, ["train", str(tiny_run.experiment), "--out", str(tmp_path / "run")], 2, 2)
     check_same_run(tmp_path / "run", tiny_run.folder, finished, 2, done=15)
+    assert ["checkpoint 18 is damaged: params/_METADATA is missing" in process.stderr for process in finished] == [True, False]
+    assert (tmp_path / "run/checkpoints/18.damaged").is_dir()
 
 
 # ---- a process that is missing, or fails ----
