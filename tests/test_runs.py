@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from mlm_jax import checkpoint, cli, experiment, huggingface, runs, sharding, weights
 from mlm_jax.config import InputError, MeshConfig, ModelConfig, from_json
 from mlm_jax.data import tokenizer as tokenizers
+from mlm_jax.history import read_history
 from mlm_jax.metrics import MEASURED, read_metrics
 from mlm_jax.model import gpt2
 
@@ -398,6 +400,23 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_p
     assert "going on from step" in resumed
     finish(undisturbed)
     check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_supervised_run_that_is_killed_starts_again_and_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
+    settings = ["--set", "train.steps=240", "--set", "train.save_every=40", "--set", "train.eval_every=120"]
+    argv = ["train", str(tiny_experiment), *settings, "--out"]
+    finish(start([*argv, str(tmp_path / "undisturbed")]))
+    supervisor = start([*argv, str(tmp_path / "killed"), "--supervise"])
+    while supervisor.poll() is None and last_step(tmp_path / "killed") < 50:
+        time.sleep(0.005)
+    (child,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    said = finish(supervisor)
+    assert "the run was ended by SIGKILL" in said and "it starts again in 1 s" in said and "going on from step" in said
+    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+    first, again = [row["start"] for row in read_history(tmp_path / "killed") if "start" in row]
+    assert first == 0 and again >= 40
 
 
 @pytest.mark.slow
