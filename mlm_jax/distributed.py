@@ -61,6 +61,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     if group.processes > 1:
         (_meet if group.process == 0 else _report)(group, timeout)
     address = f"[{group.host}]:{group.port}" if ":" in group.host else f"{group.host}:{group.port}"
+    jax.config.update("jax_enable_preemption_service", False)  # its handler would swallow every SIGTERM, and tell nobody who does not ask
     jax.distributed.initialize(
         address,
         group.processes,
