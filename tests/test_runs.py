@@ -404,11 +404,11 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_p
 
 @pytest.mark.slow
 def test_a_supervised_run_that_is_killed_starts_again_and_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
-    settings = ["--set", "train.steps=240", "--set", "train.save_every=40", "--set", "train.eval_every=120"]
+    settings = ["--set", "train.steps=1500", "--set", "train.save_every=40", "--set", "train.eval_every=0"]
     argv = ["train", str(tiny_experiment), *settings, "--out"]
     finish(start([*argv, str(tmp_path / "undisturbed")]))
     supervisor = start([*argv, str(tmp_path / "killed"), "--supervise"])
-    while supervisor.poll() is None and last_step(tmp_path / "killed") < 50:
+    while supervisor.poll() is None and not checkpoint.steps_in(tmp_path / "killed/checkpoints"):
         time.sleep(0.005)
     (child,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
