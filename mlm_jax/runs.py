@@ -62,7 +62,7 @@ class Run:
         if (self.folder / "config.json").is_file():
             recorded = read_json(self.folder / "run.json").get("origin")
             began = Origin(**recorded) if recorded else None
-            if origin and (began is None or _checkpoint_of(origin, began.step)[:2] != (Path(began.run), began.step)):
+            if origin and (began is None or _checkpoint_of(origin, began.step) != (Path(began.run), began.step)):
                 reason = f"the run in {self.folder} began from {f'{began.run}@{began.step}' if began else 'scratch'}"
                 raise InputError("--from", origin, reason, "Leave it out to go on, or name a new directory with --out")
             return began
