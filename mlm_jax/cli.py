@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import json
 import os
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +53,7 @@ def _several(args: argparse.Namespace) -> bool:
 
 
 def _execute(args: argparse.Namespace, argv: list[str]) -> int:
-    """Does what the arguments ask for; returns the exit status, or raises where they ask for the traceback."""
+    """Does what the arguments ask for; returns the exit status."""
     from mlm_jax.config import InputError
 
     try:
@@ -71,23 +73,37 @@ def _execute(args: argparse.Namespace, argv: list[str]) -> int:
         if args.json and leads:
             print(json.dumps(result), file=stdout, flush=True)
         return status.DONE
-    except InputError as e:
-        if args.traceback:
-            raise
-        print(f"mlm-jax: {e}", file=sys.stderr)
-        return status.BAD_INPUT
-    except Stopped as e:
-        print(f"mlm-jax: {e}", file=sys.stderr)
-        return status.STOPPED
-    except KeyboardInterrupt:
-        after = "; the same command goes on from the last checkpoint" if "experiment" in args else ""
-        print(f"\nmlm-jax: interrupted{after}", file=sys.stderr)
-        return status.SIGNALLED + signal.SIGINT
-    except Exception as e:
-        if args.traceback:
-            raise
-        print(f"mlm-jax: {type(e).__name__}: {' '.join(str(e).split())[:500]} (--traceback shows where)", file=sys.stderr)
-        return status.FAILED
+    except (Exception, KeyboardInterrupt) as e:
+        ended, line = _ending(e, args)
+        if args.traceback and ended != status.STOPPED:
+            traceback.print_exc()
+        typed = "\n" if isinstance(e, KeyboardInterrupt) else ""  # the terminal shows ^C
+        print(f"{typed}mlm-jax: {line}", file=sys.stderr)
+        return ended
+
+
+def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str]:
+    """The exit status after `error`, and what is said of it."""
+    from mlm_jax.config import InputError
+
+    words, goes_on = " ".join(str(error).split())[:500], "; the same command goes on from the last checkpoint" if "experiment" in args else ""
+    if _several(args):
+        from mlm_jax import distributed
+
+        if distributed.lost(error):
+            return status.LOST, f"another process of this run is gone ({words}){goes_on}"
+    match error:
+        case InputError():
+            return status.BAD_INPUT, str(error)
+        case Stopped():
+            return status.STOPPED, str(error)
+        case KeyboardInterrupt():
+            return status.SIGNALLED + signal.SIGINT, f"interrupted{goes_on}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return status.FAILED, f"{error.filename or 'a file'} could not be written: {error.strerror}; free some space{goes_on}"
+        case _:
+            hint = "" if args.traceback else " (--traceback shows where)"
+            return status.FAILED, f"{type(error).__name__}: {words}{hint}"
 
 
 def keep_freed_memory() -> None:

@@ -277,6 +277,7 @@ class TrainConfig:
     ramp_steps: int = 0  # the step from which the batch has its full size
     skip_sigmas: float = 6.0  # a step whose loss or log gradient norm is so many deviations above the last 128 is skipped; 0: if not finite
     max_skips: int = 20  # steps skipped in a row after which the run ends
+    step_timeout: float = 0.0  # seconds after which a step that is not finished ends the run, with status 76; 0: 20 times a recent step, at least 600
     debug: bool = False  # waits for every step, and says which array of which layer was the first that was not finite
     label_smoothing: float = 0.0  # the share of the target that all of the vocabulary shares evenly (Szegedy et al. 2016, section 7)
 
@@ -285,7 +286,7 @@ class TrainConfig:
         _at_least(
             self, "train", steps=1, batch_size=1, eval_every=0, eval_windows=1, save_every=0, keep_checkpoints=1, keep_every=0, keep_best=0, seed=0
         )
-        _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, ramp_from=0, ramp_steps=0, skip_sigmas=0, max_skips=1)
+        _at_least(self, "train", loss_chunks=1, z_loss=0, micro_batches=1, ramp_from=0, ramp_steps=0, skip_sigmas=0, max_skips=1, step_timeout=0)
         _check(
             self.batch_size % self.micro_batches == 0,
             "train.micro_batches",

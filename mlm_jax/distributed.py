@@ -1,4 +1,4 @@
-"""The processes of one run: who takes part, whether all of them came, and how all of them learn that one has failed.
+"""The processes of one run: who takes part, whether all came, what each says of itself, and how all learn that one failed, is gone or is to stop.
 
 JAX ends a process outright where another does not come in time, without a word on which. So the processes meet first: process 0 listens
 where JAX's coordinator will, the others say who they are, and each is told who is missing.
@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,11 +21,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mlm_jax import status
 from mlm_jax.config import InputError
 
 R = TypeVar("R")
 
 TIMEOUT_S = 300.0  # as long as jax.distributed.initialize waits by itself
+HEARTBEAT_TIMEOUT_S = 60  # JAX ends every process, with status 134, where one has been silent for so long, and at once where process 0 is gone
 _GRACE_S = 10.0  # what an answer may take on its way, and how long a process that failed waits for others that failed too
 _LINE_BYTES = 4096  # of a message
 _STOP = "mlm_jax/stops_after"
@@ -68,6 +69,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         group.process,
         cluster_detection_method="deactivate" if explicit else None,  # by now it says at most which GPU is this process's
         initialization_timeout=max(math.ceil(timeout), 60),  # all are here
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         coordinator_bind_address=address if _is_loopback(group.host) else None,
     )
 
@@ -281,9 +283,7 @@ def stops_after(step: int, asked: bool) -> bool:
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return asked
-    from jax._src import distributed  # no public name: the store that all processes share
-
-    client: Any = distributed.global_state.client
+    client = _store()
     try:
         if asked:
             client.key_value_set(_STOP, str(step + 2))
@@ -321,18 +321,61 @@ def leads() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def leave(status: int) -> None:
-    """Ends a process of several that failed, with exit status `status`; returns where the process is alone.
+def leave(exit_status: int) -> None:
+    """Ends a process of several that failed, with `exit_status`; returns where the process is alone.
 
-    The others may wait for it in a computation, so it waits only a moment for them to fail too: its end is what ends their waiting.
+    The others may wait for it in a computation, so it waits only a moment for them to fail too: its end is what ends their waiting. Where one
+    of them is gone, process 0 alone waits: with it end the others, by JAX's hand, and they have to find out by themselves first.
     """
     if not jax.distributed.is_initialized():
         return
-    if sys.exc_info()[1] is not None:
-        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    last = threading.Thread(target=jax.distributed.shutdown, daemon=True)  # waits until all have called it
-    last.start()
-    last.join(_GRACE_S)
-    os._exit(status)
+    if exit_status == status.LOST:
+        time.sleep(_GRACE_S / 2 if leads() else 0)
+    else:
+        last = threading.Thread(target=jax.distributed.shutdown, daemon=True)  # waits until all have called it
+        last.start()
+        last.join(_GRACE_S)
+    os._exit(exit_status)
+
+
+# What the collectives of a CPU (gloo) and JAX's coordination service say where another process has ended, or no longer answers.
+_LOST = re.compile(
+    r"gloo.*(connection closed by peer|connection reset by peer|broken pipe|timed out)"
+    r"|coordination ?service.*(unavailable|failed to send rpc|socket closed)|(unavailable|failed to send rpc|socket closed).*coordination ?service"
+    r"|stopped sending heartbeats|barrier timed out",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def lost(error: BaseException) -> bool:
+    """`error`, or what it was raised from, says that another process of this run is gone."""
+    if not jax.distributed.is_initialized():
+        return False
+    seen: list[BaseException] = []
+    next_one: BaseException | None = error
+    while next_one is not None and next_one not in seen:
+        seen.append(next_one)
+        next_one = next_one.__cause__ or next_one.__context__
+    return any(_LOST.search(str(e)) for e in seen)
+
+
+# ---- what each process says of itself, for the others to read when they want ----
+
+
+def publish(name: str, value: str) -> None:
+    """Says `value` under `name` in place of what this process said before. Blocks while process 0, which keeps it, does not answer."""
+    _store().key_value_set(f"mlm_jax/{name}/{jax.process_index()}", value, allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, str]:
+    """What each process has said last under `name`; without those that have said nothing. Blocks as `publish` does."""
+    return {int(key.rpartition("/")[2]): value for key, value in _store().key_value_dir_get(f"mlm_jax/{name}/")}
+
+
+def _store() -> Any:
+    """The keys and values that JAX keeps at process 0 for all."""
+    from jax._src import distributed  # no public name
+
+    return distributed.global_state.client

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding
+from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding, watch
 from mlm_jax.config import Config, TrainConfig
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.tokens import open_tokens, read_manifest
@@ -158,6 +158,8 @@ def train(
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
       Diverged: too many steps in a row had to be skipped.
       Stopped: a signal asked for it, in one of the processes.
+
+    Where a step takes longer than `config.train.step_timeout`, or another process is gone, the watchdog ends this process, with status 76.
     """
     c, T = config.train, config.model.context_len
     mesh = sharding.make_mesh(config.mesh)
@@ -169,7 +171,7 @@ def train(
 
     clock = observe.Clock()
     with contextlib.ExitStack() as stack:
-        requests = stack.enter_context(Requests())
+        requests, watchdog = stack.enter_context(Requests()), stack.enter_context(watch.Watchdog(c.step_timeout))
 
         # The state: new, or that of the newest checkpoint.
         stack.enter_context(jax.sharding.set_mesh(mesh))
@@ -222,6 +224,7 @@ def train(
             """Waits for a step (the devices have the next one by then) and writes its figures down; returns whether they are finite."""
             nonlocal extra
             step, times, found = given.step, clock.step(given), jax.device_get(given.figures)
+            watchdog.beat(step)
             B, skipped, n_skipped = c.batch_size_at(step - 1), bool(found["skipped"]), int(found["skipped_in_all"])
             row = {"step": step, "loss": float(found["loss"]), "grad_norm": float(found["grad_norm"])}
             row["lr"] = float(lrs[step - 1 - (n_skipped - skipped)])  # a skipped step does not count for the schedule
@@ -264,6 +267,7 @@ def train(
         for step in range(done + 1, c.steps + 1):
             if profile and step == profile.first:
                 trace.enter_context(jax.profiler.trace(run / "profile"))
+            watchdog.begin(step)
             stop = distributed.stops_after(step, requests.asked)
             asked = time.monotonic()
             batch = ahead.popleft().result()

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlm_jax import cli, huggingface, runs
+from mlm_jax.config import InputError
 from mlm_jax.decode import text
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +80,18 @@ def test_failed_work_is_status_1_and_one_line(tiny_run, monkeypatch, capfd):
     monkeypatch.setattr(text, "generations", fail)
     assert cli.main(["generate", str(tiny_run.folder)]) == 1
     assert capfd.readouterr().err == "mlm-jax: RuntimeError: two lines (--traceback shows where)\n"
-    with pytest.raises(RuntimeError):
-        cli.main(["generate", str(tiny_run.folder), "--traceback"])
 
 
-def test_a_traceback_is_shown_when_asked_for(tmp_path):
-    with pytest.raises(runs.InputError):
-        cli.main(["report", str(tmp_path), "--traceback"])
+@pytest.mark.parametrize(("error", "ended"), [(RuntimeError("two\n  lines"), 1), (InputError("field", "value", "wrong", "Mend it"), 2)])
+def test_a_traceback_is_shown_when_asked_for_and_changes_no_status(error, ended, tiny_run, monkeypatch, capfd):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(text, "generations", fail)
+    assert cli.main(["generate", str(tiny_run.folder), "--traceback"]) == ended
+    *trace, last = capfd.readouterr().err.splitlines()
+    assert trace[0] == "Traceback (most recent call last):" and any(" in fail" in line for line in trace)
+    assert last.startswith("mlm-jax: ") and "--traceback" not in last
 
 
 def test_an_interrupt_is_status_130(tiny_run, tiny_experiment, tmp_path, monkeypatch, capfd):
