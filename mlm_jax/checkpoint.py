@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -72,17 +73,25 @@ class Checkpoints:
         )
         self._ends = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._shown_before = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
+        self._shown_before, sys.unraisablehook = sys.unraisablehook, self._show
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self._finish()
         finally:
+            sys.unraisablehook = self._shown_before
             self._ends.shutdown()
             with contextlib.suppress(Exception):  # it raises again what has been raised of a save that failed
                 self._orbax.close()
+
+    def _show(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Prints an exception that nobody could take, but for TensorStore's of writes whose save has failed at another: their loop is closed."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._shown_before(unraisable)
 
     def save(self, step: int, params: Any, progress: Any, *, val_loss: float | None = None) -> None:
         """Starts writing checkpoint `step`, when the one before is whole; JAX arrays are copied before it returns, so that they may be donated.
@@ -122,7 +131,9 @@ class Checkpoints:
             writing.result()
 
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
-        return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {_first_line(reason)}")
+        known = re.search("No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied", str(reason))
+        words = known.group().lower() if known else _first_line(reason)
+        return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {words}; those before it are as they were")
 
 
 class _Kept:
@@ -161,8 +172,10 @@ def _layout() -> ocp.Context:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False of Orbax's warning that nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
-    return not str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
+    """False of what Orbax logs of errors that it raises too, in each thread that they pass, with all their tracebacks; and of its warning that
+    nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
+    skipped = str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
+    return not skipped and not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = None) -> tuple[Any, Any]:

@@ -101,6 +101,8 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str]:
             return status.SIGNALLED + signal.SIGINT, f"interrupted{goes_on}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return status.FAILED, f"{error.filename or 'a file'} could not be written: {error.strerror}; free some space{goes_on}"
+        case _ if type(error).__module__.startswith("mlm_jax."):  # ours says it all
+            return status.FAILED, words
         case _:
             hint = "" if args.traceback else " (--traceback shows where)"
             return status.FAILED, f"{type(error).__name__}: {words}{hint}"

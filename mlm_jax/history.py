@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_jax.metrics import duration, read_rows
+from mlm_jax.metrics import duration, named, read_rows
 
 
 class History:
@@ -27,7 +27,7 @@ class History:
 
     def _write(self, row: dict[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with self._path.open("a", encoding="utf-8") as file:
+        with named(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": at, **row}) + "\n")
 
 

@@ -9,11 +9,13 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from mlm_jax.config import Config, InputError, ModelConfig
 
@@ -53,6 +55,8 @@ MEASURED = frozenset(
     "memory_bytes memory_peak_bytes goodput".split()
 )
 
+FLUSH_S = 30.0  # how long TensorBoard's figures may stay in memory
+
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of one device; None where it is not known (a CPU, say)."""
@@ -72,6 +76,15 @@ def flops_per_token(config: ModelConfig, n_params: int) -> float:
     return 6 * n_params + 12 * config.n_layers * config.context_len * config.d_model
 
 
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """An OSError inside says that it is of `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also over restarts. A number that is not finite, which JSON has not, is null."""
 
@@ -81,13 +94,15 @@ class MetricsFile:
         rows = [row for row in found if row["step"] <= resume_at]
         self.lost_s = float(sum(row.get("step_s", 0) for row in found if row["step"] > resume_at))
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(map(self._line, rows)), encoding="utf-8")
+        with named(partial):
+            partial.write_text("".join(map(self._line, rows)), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, which a kill of the process leaves in the file."""
-        self._file.write(self._line(row))
+        with named(self._file.name):
+            self._file.write(self._line(row))
 
     @staticmethod
     def _line(row: dict[str, Any]) -> str:
@@ -95,26 +110,40 @@ class MetricsFile:
         return json.dumps(finite, allow_nan=False) + "\n"
 
     def close(self) -> None:
-        self._file.close()
+        with named(self._file.name):
+            self._file.close()
 
 
 class TensorBoard:
-    """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine."""
+    """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine.
+
+    They are written here and now: tensorboardX's SummaryWriter has a thread for it, and waits for ever where the disk was full and that is gone.
+    """
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
-        suffix = f".{resume_at}.{os.getpid()}"  # without one, two files of the same second were one
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_at + 1, filename_suffix=suffix, flush_secs=30)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._file = EventsWriter(str(folder / "events"), f".{resume_at}.{os.getpid()}")  # without that, two files of the same second were one
+        self._file.write_event(Event(wall_time=time.time(), step=resume_at + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = -math.inf
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds one row; a thread of the writer puts it on disk."""
+        """Adds one row; it is on disk at the latest with the first that comes FLUSH_S later."""
+        values = []
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 group = "machine" if name in MEASURED else "validation" if name.startswith("val_") else "train"
-                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+                values.append(Summary.Value(tag=f"{group}/{name}", simple_value=value))
+        with named(self._folder):
+            self._file.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+            if time.monotonic() - self._flushed > FLUSH_S:
+                self._file.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with named(self._folder):
+            self._file.close()
 
 
 class Wandb:

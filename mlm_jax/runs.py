@@ -120,7 +120,7 @@ class Run:
         self._traced(profile)
 
     def _done(self) -> int:
-        """The step of the newest checkpoint, or of the one that the run begins from; 0 without one."""
+        """The step of the newest checkpoint, whole or not, or of the one that the run begins from; 0 without one."""
         return max(checkpoint.steps_in(self.folder / "checkpoints"), default=self.origin.step if self.origin else 0)
 
     def _traced(self, profile: str) -> observe.Profile | None:
@@ -195,8 +195,8 @@ class Run:
         Raises:
           InputError: `profile` names no steps that are still to come.
         """
-        traced, done = self._traced(profile), self._done()
-        if done < self.config.train.steps:
+        traced, newest = self._traced(profile), checkpoint.newest_whole(self.folder / "checkpoints", say=self.say)
+        if newest is None or newest < self.config.train.steps:
             model = self.experiment.build(self.config.model)
             origin = self.origin and Path(self.origin.run) / "checkpoints" / str(self.origin.step)
             training.train(

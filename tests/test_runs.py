@@ -169,6 +169,23 @@ def test_a_stage_whose_output_is_gone_is_done_alone(tiny_run, copied, name):
         assert (copied / file).read_bytes() == (tiny_run.folder / file).read_bytes()
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_takes_its_last_steps_again(tiny_run, copied, capfd):
+    path = copied / "checkpoints/20/params/blocks.attention.b_v_KH/c/0/0/0"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    assert again(tiny_run, copied) == 0
+    said = capfd.readouterr().err
+    assert "checkpoint 20 is damaged: params/blocks.attention.b_v_KH/c/0/0/0 has other bytes than were written; it was moved to 20.damaged" in said
+    assert "going on from step 15" in said
+    curves = [[(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl") if "loss" in row] for folder in (copied, tiny_run.folder)]
+    assert curves[0] == curves[1] and len(curves[0]) == 20
+    for ours, theirs in zip(jax.tree.leaves(runs.load(copied).params), jax.tree.leaves(runs.load(tiny_run.folder).params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for name in ("evaluation.json", "samples.txt"):
+        assert (copied / name).read_bytes() == (tiny_run.folder / name).read_bytes()
+
+
 def test_a_damaged_hf_folder_is_not_taken_for_done(tiny_run, copied):
     (copied / "hf").rename(copied / ".hf.new.123")  # what a kill during the export leaves
     assert again(tiny_run, copied) == 0
@@ -434,6 +451,48 @@ def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(tiny_experi
     check_equal(tmp_path / "killed", tmp_path / "undisturbed")
     for name in ("evaluation.json", "samples.txt", "hf/model.safetensors", "hf/tokenizer.json", "tokens/manifest.json", "config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+# In a mount namespace of its own: three runs on a disk of 3 MB, of which two meet its end, and one elsewhere; what is printed are their statuses.
+ON_A_FULL_DISK = """
+import shutil, subprocess, sys
+from pathlib import Path
+from mlm_jax import cli
+disk, undisturbed, experiment = map(Path, sys.argv[1:])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], check=True)
+
+def train(out, free=0, **settings):
+    if free:
+        with (disk / "filler").open("wb", buffering=0) as file:
+            file.write(bytes(shutil.disk_usage(disk).free - free))
+    sets = [word for name, value in settings.items() for word in ("--set", f"train.{name}={value}")]
+    print(cli.main(["train", str(experiment), "--out", str(out), *sets]), flush=True)
+    (disk / "filler").unlink(missing_ok=True)
+
+train(undisturbed)
+cli.main(["prepare", str(experiment), "--out", str(disk / "run")])
+train(disk / "run", free=12 << 10, save_every=0, eval_every=0)
+train(disk / "run", free=100 << 10)
+train(disk / "run")
+shutil.copytree(disk / "run", undisturbed.with_name("run"))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_says_so_and_with_space_again_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
+    (tmp_path / "disk").mkdir()
+    as_root = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.getuid() else [])]
+    command = [*as_root, sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path / "disk"), str(tmp_path / "undisturbed"), str(tiny_experiment)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.split()) == (0, ["0", "1", "1", "0"]), done.stderr
+    of_a_row, of_a_checkpoint = [line for line in done.stderr.splitlines() if line.startswith("mlm-jax: ")]
+    run = tmp_path / "disk/run"
+    there = "could not be written: No space left on device; free some space; the same command goes on from the last checkpoint"
+    assert of_a_row in {f"mlm-jax: {run}/{name} {there}" for name in ("metrics.jsonl", "tensorboard")}
+    there = "could not be written to"
+    assert of_a_checkpoint == f"mlm-jax: checkpoint 5 {there} {run}/checkpoints: no space left on device; those before it are as they were"
+    assert "Traceback" not in done.stderr
+    check_equal(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_the_code_of_a_run_is_the_installed_commit_or_nothing(monkeypatch, tmp_path):
