@@ -81,7 +81,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._finish()
+            self.wait()
         finally:
             sys.unraisablehook = self._shown_before
             self._ends.shutdown()
@@ -101,7 +101,7 @@ class Checkpoints:
         Raises:
           NotSaved: the one before could not be written, or this one not be begun.
         """
-        self._finish()
+        self.wait()
         about = self._about | {"step": step}
         if val_loss is not None and math.isfinite(val_loss):
             self._kept.losses[step] = about["val_loss"] = val_loss
@@ -111,6 +111,12 @@ class Checkpoints:
         except Exception as e:  # whatever the storage layer raised
             raise self._not_saved(step, e) from e
         self._writing = self._ends.submit(self._end, step, response)
+
+    def wait(self) -> None:
+        """Returns when what is being written is whole. Raises NotSaved."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def restore(self, step: int, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
         """(params, progress) of checkpoint `step`, as `restore` returns them."""
@@ -124,11 +130,6 @@ class Checkpoints:
                 _seal(self.folder / str(step))
         except Exception as e:
             raise self._not_saved(step, e) from e
-
-    def _finish(self) -> None:
-        if self._writing:
-            writing, self._writing = self._writing, None
-            writing.result()
 
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
         known = re.search("No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied", str(reason))

@@ -51,3 +51,17 @@ def test_sides_that_do_not_do_the_same_work_stop_the_training_benchmark():
 def test_reading_batches_is_measured_against_a_loop_that_reads_the_same():
     out = run("bench_batches.py", "--tokens", "50000", "--window", "64", "--steps", "20", "--rounds", "1")
     assert re.search(r"\| Batches \| \d+ .*\n\| NumPy \| \d+ ", out)
+
+
+@pytest.mark.slow
+def test_a_save_and_its_bytes_are_measured(tmp_path):
+    small = {"model.n_layers": 1, "model.n_heads": 2, "model.d_model": 32, "model.d_ff": 64, "model.vocab_size": 100}
+    sets = [word for path, value in small.items() for word in ("--set", f"{path}={value}")]
+    out = run("bench_checkpoint.py", "--batch", "2x16", "--rounds", "1", "--steps", "2", *sets, "--out", str(tmp_path / "out"))
+    V, T, D, F = 128, 16, 32, 64  # the vocabulary is padded
+    n_params = V * D + T * D + (4 * D * D + 4 * D) + (2 * D * F + F + D) + 3 * 2 * D
+    assert f"gpt2_124m, {n_params:,} parameters, steps of 2 x 16 " in out
+    (size,) = re.findall(r"^bytes on disk +([\d,]+), ", out, re.MULTILINE)
+    assert int(size.replace(",", "")) > 12 * n_params  # parameters and two moments in float32, and what describes them
+    assert re.search(r"^lost by a save +-?[\d.]+ s .* of 100 steps$", out, re.MULTILINE) and re.search(r"^restoring +[\d.]+ s ", out, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
