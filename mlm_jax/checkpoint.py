@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,9 @@ class Checkpoints:
             writing.result()
 
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
-        return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {_first_line(reason)}")
+        # What the system said comes late in a long line of TensorStore's.
+        said = re.search(r""": ([^:"\[]+) \[(os_error_code|tensorstore_spec)=""", str(reason))
+        return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {said[1] if said else _first_line(reason)}")
 
 
 class _Kept:
@@ -161,8 +164,10 @@ def _layout() -> ocp.Context:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False of Orbax's warning that nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
-    return not str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
+    """False of Orbax's warning that nothing is left to do for a checkpoint that `_layout` keeps out of such stores, and of tracebacks: what failed
+    is raised too.
+    """
+    return not (record.exc_info or str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints"))
 
 
 def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = None) -> tuple[Any, Any]:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from mlm_jax.config import Config, InputError, ModelConfig
 
@@ -99,22 +101,38 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine."""
+    """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine.
+
+    They are written here: tensorboardX's own thread would die of a full disk, and whoever hands it a row then wait without end.
+    """
+
+    FLUSH_S = 30.0
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
+        folder.mkdir(parents=True, exist_ok=True)
         suffix = f".{resume_at}.{os.getpid()}"  # without one, two files of the same second were one
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_at + 1, filename_suffix=suffix, flush_secs=30)
+        self._file = EventsWriter(str(folder / "events"), filename_suffix=suffix)
+        self._file.write_event(Event(wall_time=time.time(), step=resume_at + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds one row; a thread of the writer puts it on disk."""
+        """Adds one row, which is on disk within FLUSH_S seconds where others follow it."""
+        values = []
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 group = "machine" if name in MEASURED else "validation" if name.startswith("val_") else "train"
-                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+                values.append(Summary.Value(tag=f"{group}/{name}", simple_value=value))
+        self._file.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+        if time.monotonic() - self._flushed >= self.FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class Wandb:
@@ -160,8 +178,9 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.close()
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # of a run that has failed the first reason is what counts
+            self._open.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row, which has a "step", to all."""
