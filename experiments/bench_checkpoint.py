@@ -47,7 +47,12 @@ def main() -> None:
 
     B, T = map(int, args.batch.split("x"))
     made = experiment.load(args.experiment)
-    changes = {"train.batch_size": B, "train.micro_batches": 1, "model.context_len": T, "model.vocab_size": made.config.model.vocab_size or VOCAB_SIZE}
+    changes = {
+        "train.batch_size": B,
+        "train.micro_batches": 1,
+        "model.context_len": T,
+        "model.vocab_size": made.config.model.vocab_size or VOCAB_SIZE,
+    }
     changes |= {"model.compute_dtype": "float32"} if jax.default_backend() == "cpu" else {}
     config = override(made.config, changes | parse_set(args.set))
     model, mesh = made.build(config.model), sharding.make_mesh(config.mesh)

@@ -132,8 +132,9 @@ class Checkpoints:
             raise self._not_saved(step, e) from e
 
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
-        known = re.search("No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied", str(reason))
-        words = known.group().lower() if known else _first_line(reason)
+        # What the system said comes late in a long line of TensorStore's.
+        said = re.search(r""": ([^:"\[]+) \[(os_error_code|tensorstore_spec)=""", str(reason))
+        words = said[1] if said else _first_line(reason)
         return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {words}; those before it are as they were")
 
 

@@ -27,7 +27,9 @@ from mlm_jax.config import InputError
 R = TypeVar("R")
 
 TIMEOUT_S = 300.0  # as long as jax.distributed.initialize waits by itself
-HEARTBEAT_TIMEOUT_S = 60  # JAX ends every process, with status 134, where one has been silent for so long, and at once where process 0 is gone
+# JAX ends every process, with status 134, where one was silent for so long, and at once where process 0 is gone. Heartbeats come at half of it, so
+# that a process that dies is noticed at half of it at the earliest.
+HEARTBEAT_TIMEOUT_S = 100
 _GRACE_S = 10.0  # what an answer may take on its way, and how long a process that failed waits for others that failed too
 _LINE_BYTES = 4096  # of a message
 _STOP = "mlm_jax/stops_after"

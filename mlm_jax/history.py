@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ class History:
 
     def start(self, step: int, *, lost_s: float, **facts: Any) -> None:
         """The run goes on at `step`; `lost_s` seconds went to steps that have to be taken again."""
+        if self._path.is_file() and not (raw := self._path.read_bytes()).endswith(b"\n"):
+            os.truncate(self._path, raw.rfind(b"\n") + 1)  # without the line that a full disk or a kill cut off
         self._write({"start": step, "lost_s": round(lost_s, 3), **facts})
 
     def spent(self, step: int, seconds: Mapping[str, float]) -> None:

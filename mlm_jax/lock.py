@@ -26,12 +26,15 @@ def hold(folder: Path, *, say: Callable[[str], None] = lambda line: print(line, 
 
     Raises:
       InputError: another process holds it, or nothing can be written there.
+      OSError: the disk is full, which may pass.
     """
     path = folder / NAME
     try:
         new = not folder.exists()
         file = _lock(path, say)
     except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         if folder.is_file():
             raise InputError("--out", str(folder), "is a file", "Name a directory") from e
         remedy = "Name a directory that can be written to with --out"
@@ -71,8 +74,12 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
             break
         os.close(file)  # who held it has just taken it away
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    os.ftruncate(file, 0)
-    os.write(file, json.dumps(owner).encode() + b"\n")
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(owner).encode() + b"\n")
+    except OSError as e:
+        os.close(file)
+        raise OSError(e.errno, e.strerror, str(path)) from e
     return file
 
 

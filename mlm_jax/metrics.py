@@ -189,8 +189,9 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.close()
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # of a run that has failed the first reason is what counts
+            self._open.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row, which has a "step", to all."""

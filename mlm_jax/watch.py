@@ -17,7 +17,7 @@ import jax
 from mlm_jax import distributed, status
 
 LEAST_LIMIT_S, LIMIT_IN_STEPS = 600.0, 20  # where nothing else is asked for: the larger of that and of so many times a recent step
-SILENCE_S = 0.6 * distributed.HEARTBEAT_TIMEOUT_S  # a process that says nothing for so long is gone: noticed with time to say so before JAX ends all
+SILENCE_S = 0.35 * distributed.HEARTBEAT_TIMEOUT_S  # a process that says nothing for so long is gone: noticed with time to say so before JAX ends all
 _EVERY_S = 5.0  # how often the processes say where they are
 _RECENT = 50  # steps
 

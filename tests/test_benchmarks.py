@@ -1,4 +1,4 @@
-"""The benchmarks of training run at a toy size, and stop where the two sides do not do the same work."""
+"""The benchmarks run at a toy size, and stop where two sides do not do the same work; what breaks a run is told from what does not."""
 
 import os
 import re
@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from experiments import bench_faults
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +68,34 @@ def test_a_save_and_its_bytes_are_measured(tmp_path):
     assert int(size.replace(",", "")) > 12 * n_params  # parameters and two moments in float32, and what describes them
     assert re.search(r"^lost by a save +-?[\d.]+ s .* of 100 steps$", out, re.MULTILINE) and re.search(r"^restoring +[\d.]+ s ", out, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_on_other_devices_has_its_row_in_the_table_of_faults():
+    out = run("bench_faults.py", "--only", "mesh")
+    found = re.search(r"^\| mesh \| 4 SIGTERM \| 75 \(4\) \| mlm-jax: stopped as asked, .* \| 0 \| loss (\S+), logits (\S+) \|$", out, re.MULTILINE)
+    assert found and 0 < max(map(float, found.groups())) <= 1e-5
+
+
+def curve(**changed):
+    rows = [{"step": step, "loss": 1 / step, "step_s": 0.5} for step in range(1, bench_faults.STEPS + 1)]
+    rows[30] |= changed
+    return [*rows, {"step": bench_faults.STEPS, "save_s": 0.1}]
+
+
+def test_curves_are_the_same_whatever_the_clock_said_and_not_where_a_figure_or_a_step_is_another():
+    same = curve()
+    assert bench_faults.different_figures(curve(step_s=0.7), same) == ""
+    assert bench_faults.different_figures(same[:-1], same) == ""
+    next_float = np.nextafter(1 / 31, 1).item()
+    assert "instead of {'step': 31, 'loss': 0.03225806451612903}" in bench_faults.different_figures(curve(loss=next_float), same)
+    for steps in (same[:30] + same[31:], same[:31] + same[30:]):
+        assert "not every step" in bench_faults.different_figures(steps, same)
+    assert "another number" in bench_faults.different_figures([*same, {"step": 60, "val_loss": 1.0}], same)
+
+
+def test_arrays_are_compared_bit_for_bit():
+    arrays = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
+    assert bench_faults.different_arrays(arrays, {name: x.copy() for name, x in arrays.items()}) == ""
+    assert bench_faults.different_arrays(arrays | {"a": -arrays["a"]}, arrays) == "a of the last checkpoint differs"
+    assert bench_faults.different_arrays({"a": arrays["a"]}, arrays) == "other arrays: b"

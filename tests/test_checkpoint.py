@@ -288,6 +288,14 @@ def test_files_that_cannot_be_read_are_no_damage(copied, monkeypatch):
     assert contents(copied) == before
 
 
+def test_a_save_that_the_system_refuses_says_its_reason_alone(tmp_path):
+    said = """RESOURCE_EXHAUSTED: Error writing "a": Failed writing: "a.__lock": Failed to write 438 bytes to file 39: No space left on device"""
+    for end in ("[os_error_code='28'] [tensorstore_spec='{}']", "[tensorstore_spec='{}'] [os_error_code='28']"):
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            refused = checkpoints._not_saved(5, ValueError(f"{said} {end}"))
+        assert str(refused) == f"checkpoint 5 could not be written to {tmp_path}: No space left on device; those before it are as they were"
+
+
 def test_arrays_of_another_type_are_named(saved):
     other = wanted(tree())
     other["w_token_VD"] = jax.ShapeDtypeStruct((24, 32), jnp.bfloat16, sharding=other["w_token_VD"].sharding)

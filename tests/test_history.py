@@ -78,3 +78,17 @@ def test_the_report_shows_every_start_and_what_was_changed_then(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "2026-01-01 00:00:00" in page and "from step 0 on 8 x cpu in 2 processes<" in page
     assert "2026-01-01 00:01:01" in page and "from step 5 on 1 x cpu, optim.peak_lr 0.1 → 0.2" in page
+
+
+def test_a_start_takes_away_the_line_that_a_full_disk_cut_off(tmp_path):
+    path = tmp_path / "history.jsonl"
+    write(path, [at(0, start=0, lost_s=0)])
+    whole = path.read_text()
+    for torn in ('{"at": "2026-01', ""):
+        path.write_text(whole + torn)
+        history.History(path).start(5, lost_s=1.0)
+        assert path.read_text().startswith(whole + '{"at": ')
+        assert [row["start"] for row in history.read_history(tmp_path)] == [0, 5]
+    path.write_text('{"at": "2026-01')
+    history.History(path).start(0, lost_s=0.0)
+    assert [row["start"] for row in history.read_history(tmp_path)] == [0]

@@ -4,8 +4,10 @@ import io
 import json
 import math
 import struct
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -77,6 +79,38 @@ def test_tensorboard_has_every_number_once_over_a_restart(tmp_path):
     again.close()
     losses = {1: 9.0, 2: 8.0, 3: 7.0, 4: 16.0, 5: 15.0, 6: 14.0}
     assert scalars(tmp_path) == {"train/loss": losses, "validation/val_loss": {6: 2.5}, "machine/step_s": {1: 0.5, 2: 0.5, 3: 0.5}}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from mlm_jax import metrics
+board = metrics.TensorBoard(Path(sys.argv[1]), resume_at=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # from here on no file grows
+try:
+    for step in range(1, 1001):
+        board.write({"step": step, "loss": 1.0})
+except OSError:
+    sys.exit(3)
+"""
+
+
+def test_event_files_that_cannot_grow_are_an_error_and_nothing_waits(tmp_path):
+    assert subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=Path(__file__).parents[1], timeout=120).returncode == 3
+
+
+def test_why_a_run_failed_is_not_hidden_by_files_that_cannot_be_closed(tmp_path, monkeypatch):
+    close = metrics.TensorBoard.close
+
+    def fail(self):
+        close(self)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(metrics.TensorBoard, "close", fail)
+    with pytest.raises(OSError, match="no space left"), metrics.Recorder(tmp_path, Config(name="test"), resume_at=0):
+        pass
+    with pytest.raises(ValueError, match="the reason"), metrics.Recorder(tmp_path, Config(name="test"), resume_at=0):
+        raise ValueError("the reason")
 
 
 class FakeWandb(types.ModuleType):

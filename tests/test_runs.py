@@ -490,7 +490,7 @@ def test_a_run_on_a_full_disk_says_so_and_with_space_again_ends_as_an_undisturbe
     there = "could not be written: No space left on device; free some space; the same command goes on from the last checkpoint"
     assert of_a_row in {f"mlm-jax: {run}/{name} {there}" for name in ("metrics.jsonl", "tensorboard")}
     there = "could not be written to"
-    assert of_a_checkpoint == f"mlm-jax: checkpoint 5 {there} {run}/checkpoints: no space left on device; those before it are as they were"
+    assert of_a_checkpoint == f"mlm-jax: checkpoint 5 {there} {run}/checkpoints: No space left on device; those before it are as they were"
     assert "Traceback" not in done.stderr
     check_equal(tmp_path / "run", tmp_path / "undisturbed")
 
