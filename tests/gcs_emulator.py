@@ -23,6 +23,7 @@ class Server(http.server.HTTPServer):
 
     def __init__(self):
         self.storage = emulator.Storage(use_memory_fs=True)
+        self.storage._write_config_to_file = lambda: None  # of all objects, at each write
         emulator.buckets.create_bucket("bucket", self.storage)
         self.answer = lambda method, name: None
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, self.storage))
@@ -31,7 +32,7 @@ class Server(http.server.HTTPServer):
         """Says nothing where the client did not wait for the answer."""
 
     def names(self):
-        return {o["name"] for o in self.storage.get_file_list("bucket")[0]}
+        return set(self.storage.objects.get("bucket", ()))
 
 
 class Handler(emulator.RequestHandler):
@@ -45,8 +46,8 @@ class Handler(emulator.RequestHandler):
         name = query["name"][0] if "name" in query else unquote(url.path.partition("/o/")[2])
         status = self.server.answer(self.command, name)
         if status is None and "ifGenerationMatch" in query:
-            there = {o["name"]: o["generation"] for o in self.storage.get_file_list("bucket", name)[0]}
-            status = None if query["ifGenerationMatch"] == [there.get(name, "0")] else 412
+            there = self.server.storage.objects.get("bucket", {}).get(name, {"generation": "0"})
+            status = None if query["ifGenerationMatch"] == [there["generation"]] else 412
         if status is None:
             return True
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

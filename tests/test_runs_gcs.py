@@ -16,6 +16,7 @@ from tests.gcs_emulator import serve
 from tests.test_distributed import refusals, run_processes
 
 ROOT = Path(__file__).parents[1]
+DEVICES = 2  # of a run; each makes files of its own
 # Of the requests that are under way when a save fails, some end after the loop that waited for them.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")]
 
@@ -49,7 +50,7 @@ def reference(tmp_path_factory):
     """An experiment, and what a run of it leaves on disk that nothing disturbs."""
     folder = tmp_path_factory.mktemp("reference")
     experiment, text = write_experiment(folder)
-    (finished,) = run_processes(folder / "process", ["run", str(experiment), "--out", str(folder / "run")], 1, 8)
+    (finished,) = run_processes(folder / "process", ["run", str(experiment), "--out", str(folder / "run")], 1, DEVICES)
     assert finished.status == 0, finished.stderr
     return SimpleNamespace(experiment=experiment, text=text, folder=folder / "run")
 
@@ -62,7 +63,7 @@ def on(machine: Path, *, at: int = 0, signal: str = "SIGKILL") -> str:
 
 def run_on(machine, experiment, url, *more, at=0, signal="SIGKILL"):
     argv = ["run", str(experiment), "--out", url, *more]
-    (finished,) = run_processes(machine.parent / f"process_{machine.name}", argv, 1, 8, code={0: on(machine, at=at, signal=signal)})
+    (finished,) = run_processes(machine.parent / f"process_{machine.name}", argv, 1, DEVICES, code={0: on(machine, at=at, signal=signal)})
     return finished
 
 
@@ -285,12 +286,12 @@ def test_two_processes_with_directories_of_their_own_make_the_same_run(reference
     url, tokens = "gs://bucket/runs/two", reference.folder / "tokens"
     argv = ["run", str(reference.experiment), "--out", url, "--set", f"data.tokens={tokens}"]
     code = {0: on(tmp_path / "a0", at=12, signal="SIGTERM"), 1: on(tmp_path / "a1")}
-    found = run_processes(tmp_path / "first", argv, 2, 4, code=code)
+    found = run_processes(tmp_path / "first", argv, 2, DEVICES // 2, code=code)
     assert [process.status for process in found] == [status.STOPPED] * 2, [process.stderr for process in found]
-    found = run_processes(tmp_path / "second", argv, 2, 4, code={i: on(tmp_path / f"b{i}") for i in range(2)})
+    found = run_processes(tmp_path / "second", argv, 2, DEVICES // 2, code={i: on(tmp_path / f"b{i}") for i in range(2)})
     assert [process.status for process in found] == [0, 0], [process.stderr for process in found]
     assert "fetches the run" in found[0].stderr and "fetches the run" not in found[1].stderr
-    again = run_processes(tmp_path / "third", argv, 2, 4, code={i: on(tmp_path / f"b{i}") for i in range(2)})
+    again = run_processes(tmp_path / "third", argv, 2, DEVICES // 2, code={i: on(tmp_path / f"b{i}") for i in range(2)})
     assert [process.status for process in again] == [0, 0], [process.stderr for process in again]
     assert {path.name for path in (tmp_path / "b1" / "runs" / "two").iterdir()} == {".home", "compiled"}
     rows, wanted = rows_of(url), metrics.read_metrics(reference.folder / "metrics.jsonl")
