@@ -232,30 +232,43 @@ def test_code_from_a_bucket_is_executed_only_if_it_is_trusted(reference, server,
         runs.load(url, trust_code=True)
 
 
-@pytest.mark.parametrize("answer", [403, 0])
-@pytest.mark.parametrize("part", ["checkpoints/10/params", "metrics.jsonl"])
-def test_a_bucket_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(reference, server, tmp_path, part, answer):
-    name = f"{part[:4]}_{answer}"
-    url, machine = f"gs://bucket/runs/{name}", tmp_path / "machine"
-    seen = []
+@pytest.mark.parametrize("answer", [403, 0])  # 0: while a library tries again for half a minute
+def test_a_bucket_that_vanishes_before_the_rows_are_sent_ends_the_run_which_goes_on_when_it_is_back(reference, server, tmp_path, answer):
+    name = f"rows_{answer}"
+    url, machine, seen = f"gs://bucket/runs/{name}", tmp_path / "machine", []
 
     def gone(method, path):
-        rows = part == "metrics.jsonl" and (method, path) == ("POST", "") and f"runs/{name}/checkpoints/5/files.json" in server.names()
-        if rows or (method != "GET" and f"runs/{name}/{part}" in path):
+        if (method, path) == ("POST", "") and f"runs/{name}/config.json" in server.names():  # a small file, when all is prepared
             seen.append(path)
         return answer if seen else None
 
     server.answer = gone
     failed = run_on(machine, reference.experiment, url)
+    assert failed.status == 1 and failed.stderr.splitlines()[-1].startswith(f"mlm-jax: NotReached: {url} cannot be reached: ")
+    assert "Traceback" not in failed.stderr
+    server.answer = lambda method, name: None
+    assert not any(path.startswith(f"runs/{name}/checkpoints/") for path in server.names())  # none without its rows
+    assert max(row["step"] for row in metrics.read_metrics(machine / "runs" / name / "metrics.jsonl")) >= 5
+    again = run_on(machine, reference.experiment, url)
+    assert again.status == 0 and "fetches" not in again.stderr, again.stderr
+    check_same_run(url, reference.folder)
+
+
+def test_a_bucket_that_vanishes_during_a_save_ends_the_run_which_goes_on_when_it_is_back(reference, server, tmp_path):
+    url, machine, seen = "gs://bucket/runs/saving", tmp_path / "machine", []
+
+    def gone(method, path):
+        if method != "GET" and "runs/saving/checkpoints/10/params" in path:
+            seen.append(path)
+        return 403 if seen else None
+
+    server.answer = gone
+    failed = run_on(machine, reference.experiment, url)
     (line,) = refusals([failed])
-    assert failed.status == 1 and "Traceback" not in failed.stderr
-    if "checkpoints" in part:
-        assert line.startswith(f"mlm-jax: NotSaved: checkpoint 10 could not be written to {url}/checkpoints: ")
-    else:
-        assert line.startswith(f"mlm-jax: NotReached: {url} cannot be reached: ")
+    assert failed.status == 1 and line.startswith(f"mlm-jax: NotSaved: checkpoint 10 could not be written to {url}/checkpoints: "), failed.stderr
     server.answer = lambda method, name: None
     assert checkpoint.steps_in(f"{url}/checkpoints") == [5]
-    assert max(row["step"] for row in metrics.read_metrics(machine / "runs" / name / "metrics.jsonl")) >= 10
+    assert max(row["step"] for row in metrics.read_metrics(machine / "runs" / "saving" / "metrics.jsonl")) >= 10
     again = run_on(machine, reference.experiment, url)
     assert again.status == 0 and "going on from step 5" in again.stderr, again.stderr
     check_same_run(url, reference.folder)
@@ -293,7 +306,7 @@ def test_two_processes_with_directories_of_their_own_make_the_same_run(reference
     assert "fetches the run" in found[0].stderr and "fetches the run" not in found[1].stderr
     again = run_processes(tmp_path / "third", argv, 2, DEVICES // 2, code={i: on(tmp_path / f"b{i}") for i in range(2)})
     assert [process.status for process in again] == [0, 0], [process.stderr for process in again]
-    assert {path.name for path in (tmp_path / "b1" / "runs" / "two").iterdir()} == {".home", "compiled"}
+    assert {path.name for path in (tmp_path / "b1" / "runs" / "two").iterdir()} == {".home"}
     rows, wanted = rows_of(url), metrics.read_metrics(reference.folder / "metrics.jsonl")
     for name in ("loss", "val_loss"):
         assert [row["step"] for row in rows if name in row] == [row["step"] for row in wanted if name in row]
