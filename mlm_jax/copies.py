@@ -53,7 +53,7 @@ def enter(folder: Path, home: Place, *, say: Callable[[str], None] = lambda line
     say(f"fetches the run from {home}")
     claim(folder, home)
     for name in ("config.json", *PREPARED, *ROWS, *ENDED, *SHOWN):  # without a configuration it is behind, wherever this is cut off
-        (folder / name).unlink(missing_ok=True) if not (folder / name).is_dir() else shutil.rmtree(folder / name)
+        _take_away(folder / name)
     storage.fetch(home, _FETCHED, folder)
 
 
@@ -75,7 +75,11 @@ def remove(folder: Path, home: Place, names: Sequence[str]) -> None:
     if not isinstance(home, Path):
         storage.remove(home, names)
     for name in names:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        _take_away(folder / name)
+
+
+def _take_away(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
