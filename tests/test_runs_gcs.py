@@ -244,7 +244,7 @@ def test_a_bucket_that_vanishes_before_the_rows_are_sent_ends_the_run_which_goes
 
     server.answer = gone
     failed = run_on(machine, reference.experiment, url)
-    assert failed.status == 1 and failed.stderr.splitlines()[-1].startswith(f"mlm-jax: NotReached: {url} cannot be reached: ")
+    assert failed.status == 1 and failed.stderr.splitlines()[-1].startswith(f"mlm-jax: {url} cannot be reached: ")
     assert "Traceback" not in failed.stderr
     server.answer = lambda method, name: None
     assert not any(path.startswith(f"runs/{name}/checkpoints/") for path in server.names())  # none without its rows
@@ -265,7 +265,7 @@ def test_a_bucket_that_vanishes_during_a_save_ends_the_run_which_goes_on_when_it
     server.answer = gone
     failed = run_on(machine, reference.experiment, url)
     (line,) = refusals([failed])
-    assert failed.status == 1 and line.startswith(f"mlm-jax: NotSaved: checkpoint 10 could not be written to {url}/checkpoints: "), failed.stderr
+    assert failed.status == 1 and line.startswith(f"mlm-jax: checkpoint 10 could not be written to {url}/checkpoints: "), failed.stderr
     server.answer = lambda method, name: None
     assert checkpoint.steps_in(f"{url}/checkpoints") == [5]
     assert max(row["step"] for row in metrics.read_metrics(machine / "runs" / "saving" / "metrics.jsonl")) >= 10
