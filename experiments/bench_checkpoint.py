@@ -79,7 +79,8 @@ def main() -> None:
                 checkpoints.wait()
                 return time.perf_counter() - start, stood
 
-            turn(), turn(1)  # compiled, and the first files made
+            for save in (0, 1):  # compiled, and the first files made
+                turn(save)
             without, lost, stood = [], [], []
             for number in range(args.rounds):
                 without.append(turn()[0])

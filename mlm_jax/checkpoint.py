@@ -134,7 +134,7 @@ class Checkpoints:
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
         # What the system said comes late in a long line of TensorStore's.
         said = re.search(r""": ([^:"\[]+) \[(os_error_code|tensorstore_spec)=""", str(reason))
-        words = said[1] if said else _first_line(reason)
+        words = said[1] if said else storage.first_line(reason)
         return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {words}; those before it are as they were")
 
 
@@ -211,8 +211,10 @@ def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = 
 def steps_in(folder: str | os.PathLike[str]) -> list[int]:
     """The steps that have a finished checkpoint in `folder`, oldest first."""
     place = storage.place(folder)
-    finished = (lambda path: (path / _COMMITTED).exists()) if storage.is_in_bucket(place) else (lambda path: path.is_dir())
-    return sorted(int(path.name) for path in place.iterdir() if path.name.isdigit() and finished(path)) if place.is_dir() else []
+    if not storage.is_in_bucket(place):
+        return sorted(int(path.name) for path in place.iterdir() if path.name.isdigit() and path.is_dir()) if place.is_dir() else []
+    paths = place.iterdir() if place.exists() else []  # is_dir would say no of a bucket that cannot be reached
+    return sorted(int(path.name) for path in paths if path.name.isdigit() and (path / _COMMITTED).exists())
 
 
 def newest_whole(folder: str | os.PathLike[str], *, say: Callable[[str], None]) -> int | None:
@@ -326,7 +328,7 @@ def _sealed_fault(folder: Place, files: Mapping[str, storage.File]) -> str | Non
             if crc != then:
                 return f"{name} has other bytes than were written"
     except ValueError as e:
-        return _first_line(e)
+        return storage.first_line(e)
     except (TypeError, KeyError, AttributeError):
         return f"{FILES} is no list of files"
     return None
@@ -347,7 +349,7 @@ def _unsealed_fault(folder: Place, files: Mapping[str, storage.File]) -> str | N
                     if fault := _size_fault(f"{array}/{piece}", size, files):
                         return fault
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        return _first_line(e)
+        return storage.first_line(e)
     return None
 
 
@@ -394,13 +396,9 @@ def _crc32(path: Place) -> int:
     return crc
 
 
-def _first_line(reason: object) -> str:
-    return next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)[:200]
-
-
 def _damaged(folder: Place, reason: object) -> InputError:
     remedy = "Remove this folder to go on from the checkpoint before it, or from the start"
-    return InputError("checkpoint", str(folder), f"damaged: {_first_line(reason)}", remedy)
+    return InputError("checkpoint", str(folder), f"damaged: {storage.first_line(reason)}", remedy)
 
 
 def _check_same_arrays(part: Place, stored: Any, wanted: Any) -> None:

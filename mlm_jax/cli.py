@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
         sub = verb(name, function, text)
         sub.add_argument("experiment", metavar="EXPERIMENT", help="a file (experiments/tiny.py) or a module (experiments.tiny)")
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
-        sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory, or gs://BUCKET/FOLDER (default: runs/NAME)")
         if function is not prepare:
             sub.add_argument("--from", dest="origin", default="", metavar="RUN[@STEP]", help="fork: begin a new run from a checkpoint of another")
             sub.add_argument("--supervise", action="store_true", help="start it again whenever it fails, but for bad input, until it is done")
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-MODEL_HELP = "a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
+MODEL_HELP = "a run directory or gs://BUCKET/FOLDER, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
 
 
 def _settings(sub: argparse.ArgumentParser, config: type, without: tuple[str, ...]) -> None:
@@ -241,17 +241,31 @@ def _supervise(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs the command in a process of its own, again and again until it is done; returns how it ended."""
     from mlm_jax import supervise
 
-    folder = _loaded(args)[1]
+    _, folder, _ = _loaded(args)
     return supervise.run(argv, lambda: supervise.newest_step(folder))
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Any, Path]:
-    """The experiment of the arguments, and its run directory."""
-    from mlm_jax import experiment
+def _loaded(args: argparse.Namespace) -> tuple[Any, Path, Any]:
+    """The experiment of the arguments, its run directory on this machine, and where the run lives: there, or in a bucket."""
+    from mlm_jax import experiment, storage
     from mlm_jax.config import parse_set
 
     loaded = experiment.load(args.experiment).with_changes(parse_set(args.set))
-    return loaded, args.out or Path("runs") / loaded.config.name
+    home = storage.place(args.out or Path("runs") / loaded.config.name)
+    return loaded, home if isinstance(home, Path) else Path("runs") / home.name, home
+
+
+def _on_disk(field: str, path: Path) -> Path:
+    """`path`. Raises InputError where it is in a bucket."""
+    from mlm_jax import storage
+    from mlm_jax.config import InputError
+
+    place = storage.place(path)
+    if storage.is_in_bucket(place):
+        raise InputError(
+            field, str(place), "is in a bucket", "Name a directory of this machine; a run itself keeps hf/ and report.html in its bucket"
+        )
+    return path
 
 
 @contextlib.contextmanager
@@ -259,10 +273,10 @@ def _run(args: argparse.Namespace) -> Iterator[Any]:
     """The run of the arguments, in a directory that no other process uses meanwhile."""
     from mlm_jax import distributed, lock, runs
 
-    loaded, folder = distributed.together(lambda: _loaded(args))
+    loaded, folder, home = distributed.together(lambda: _loaded(args))
     with contextlib.ExitStack() as stack:
         distributed.together(lambda: stack.enter_context(lock.hold(folder)) if distributed.leads() else None)
-        yield distributed.together(lambda: runs.Run(loaded, folder, origin=getattr(args, "origin", "")))
+        yield distributed.together(lambda: runs.Run(loaded, folder, home=home, origin=getattr(args, "origin", "")))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -271,8 +285,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for stage in STAGES:
             getattr(made, stage)(**({"profile": args.profile, "wandb": args.wandb} if stage == "train" else {}))
         exported = ", hf/" if (made.folder / "hf").is_dir() else ""
-        print(f"done: {made.folder} (report.html, samples.txt{exported})", file=sys.stderr)
-        return {"run": str(made.folder), **made.evaluate()}
+        print(f"done: {made.home} (report.html, samples.txt{exported})", file=sys.stderr)
+        return {"run": str(made.home), **made.evaluate()}
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
@@ -286,7 +300,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         made.check(profile=args.profile)
         made.prepare()
         made.train(profile=args.profile, wandb=args.wandb)
-        return {"run": str(made.folder), "step": made.config.train.steps}
+        return {"run": str(made.home), "step": made.config.train.steps}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -352,6 +366,7 @@ def import_(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax import runs
     from mlm_jax.config import InputError, parse_set
 
+    _on_disk("OUT", args.out)
     changes = parse_set(args.set)
     for path, value in changes.items():
         if not path.startswith("model."):
@@ -365,7 +380,7 @@ def import_(args: argparse.Namespace) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax import runs
 
-    runs.export_model(args.model, args.out, trust_code=args.trust_code)
+    runs.export_model(args.model, _on_disk("OUT_DIR", args.out), trust_code=args.trust_code)
     print(f"done: {args.out}", file=sys.stderr)
     return {"hf": str(args.out)}
 
@@ -373,7 +388,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax.report import write_report
 
-    return {"report": str(write_report(args.run))}
+    return {"report": str(write_report(_on_disk("RUN", args.run)))}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from mlm_jax.config import Config, InputError, ModelConfig, override
 from mlm_jax.model import gpt2
+from mlm_jax.storage import Place
 
 PACKAGE = "experiments"  # its modules belong to an experiment wherever they stand on the module path
 
@@ -197,7 +198,7 @@ def copy_code(experiment: Experiment, run: Path) -> None:
         copy.write_bytes(file.code)
 
 
-def check_record(recorded: Any, run: Path) -> dict[str, Any]:
+def check_record(recorded: Any, run: Place) -> dict[str, Any]:
     """`recorded`, as run.json holds it, if it has the form that `record` gives it.
 
     Raises:
@@ -223,7 +224,7 @@ def check_record(recorded: Any, run: Path) -> dict[str, Any]:
     return recorded
 
 
-def rebuild(recorded: Any, config: ModelConfig, run: Path, *, trust_code: bool) -> gpt2.Model:
+def rebuild(recorded: Any, config: ModelConfig, run: Place, *, trust_code: bool) -> gpt2.Model:
     """The model of a run, from what its run.json holds under "experiment".
 
     Raises:
@@ -249,7 +250,7 @@ def rebuild(recorded: Any, config: ModelConfig, run: Path, *, trust_code: bool) 
     return _execute(recorded["module"], _Finder(files.get)).build(config)
 
 
-def _not_ours(origin: Path, relative: str, run: Path) -> str:
+def _not_ours(origin: Path, relative: str, run: Place) -> str:
     """Why a recorded file may not be executed from where it stood; empty if it may."""
     # A run that was made elsewhere can name any path: one relative to this directory, or through a link, may lead back to what came with it.
     if not origin.is_absolute() or not origin.is_file() or origin.resolve() != origin:
@@ -261,18 +262,23 @@ def _not_ours(origin: Path, relative: str, run: Path) -> str:
     return ""
 
 
-def _copy(file: dict[str, str], run: Path) -> Source:
+def _copy(file: dict[str, str], run: Place) -> Source:
     """The copy of a recorded file in the run.
 
     Raises:
       InputError: it is missing, leads outside, or is not what was recorded.
     """
-    copy = (run / "code" / file["path"]).resolve()
-    if copy.is_relative_to((run / "code").resolve()) and copy.is_file():
-        found = Source(copy, copy.read_bytes())
+    wrong = InputError("run", str(run), f"code/{file['path']} is not what the run recorded", "Restore the file from where the run was made")
+    copy = run / "code" / file["path"]
+    if isinstance(run, Path):  # a bucket has no links
+        copy = copy.resolve()
+        if not copy.is_relative_to((run / "code").resolve()):
+            raise wrong
+    if copy.is_file():
+        found = Source(Path(copy), copy.read_bytes())
         if found.sha256 == file["sha256"]:
             return found
-    raise InputError("run", str(run), f"code/{file['path']} is not what the run recorded", "Restore the file from where the run was made")
+    raise wrong
 
 
 def changed_files(recorded: dict[str, Any], experiment: Experiment) -> list[str]:

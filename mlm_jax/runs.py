@@ -2,8 +2,12 @@
 
 config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  samples.txt  hf/  report.html
 history.jsonl (every start, and what was changed then)  compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
+
+A run may live in a bucket: its checkpoints are written there, the rest is made in a directory of this machine and copied (`copies`).
+Only compiled/, profile/, tensorboard/, wandb/ and the tokens of the training split stay here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -12,7 +16,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlm_jax import checkpoint, distributed, evaluate, experiment, huggingface, observe, report, sharding
+from mlm_jax import checkpoint, copies, distributed, evaluate, experiment, huggingface, observe, report, sharding, storage
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, may_change, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
@@ -34,6 +39,8 @@ from mlm_jax.decode import text as text_generation
 from mlm_jax.experiment import Experiment
 from mlm_jax.model import gpt2
 from mlm_jax.model import int8 as quantized
+from mlm_jax.stopping import Stopped
+from mlm_jax.storage import Place
 
 PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "transformers", "numpy")
 
@@ -42,14 +49,23 @@ class Run:
     """One experiment in one directory. Each stage skips what is done; a stage that is cut off leaves nothing that looks done."""
 
     def __init__(
-        self, exp: Experiment, folder: Path, *, origin: str = "", say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+        self,
+        exp: Experiment,
+        folder: Path,
+        *,
+        home: Place | None = None,
+        origin: str = "",
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         """`origin` is RUN or RUN@STEP: a new run goes on from that checkpoint, the newest where no step is named, whatever its configuration.
+        `home` is where the run lives, without one in `folder`, which has copies of its small files where that is a bucket.
 
         Raises:
-          InputError: the directory holds a run of another configuration or origin, or other files; or there is no such checkpoint.
+          InputError: the directory holds a run of another configuration or origin, or other files; or there is no such checkpoint, or bucket.
         """
         self.experiment, self.folder, self.say = exp, folder, say
+        self.home = folder if home is None else home
+        copies.enter(folder, self.home, say=say)
         self.config = exp.config
         self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
         self.origin: Origin | None = None
@@ -59,17 +75,17 @@ class Run:
 
     def _check_origin(self, origin: str) -> "Origin | None":
         """Where the run began. Raises InputError where that is not `origin`, which may be "", or nothing is there to begin from."""
-        if (self.folder / "config.json").is_file():
-            recorded = read_json(self.folder / "run.json").get("origin")
+        if (self.home / "config.json").exists():
+            recorded = read_json(self.home / "run.json").get("origin")
             began = Origin(**recorded) if recorded else None
-            if origin and (began is None or _checkpoint_of(origin, began.step) != (Path(began.run), began.step)):
-                reason = f"the run in {self.folder} began from {f'{began.run}@{began.step}' if began else 'scratch'}"
+            if origin and (began is None or _checkpoint_of(origin, began.step) != (storage.place(began.run), began.step)):
+                reason = f"the run in {self.home} began from {f'{began.run}@{began.step}' if began else 'scratch'}"
                 raise InputError("--from", origin, reason, "Leave it out to go on, or name a new directory with --out")
             return began
         if not origin:
             return None
         run, step = _checkpoint_of(origin)
-        if not (run / "run.json").is_file():
+        if not (run / "run.json").exists():
             raise InputError("--from", origin, "no run is there", "Name a run directory, or RUN@STEP")
         steps = checkpoint.steps_in(run / "checkpoints")
         step = max(steps, default=0) if step is None else step
@@ -88,29 +104,29 @@ class Run:
 
     def _check_folder(self) -> None:
         """Raises InputError where the directory is not this run's."""
-        path = self.folder / "config.json"
-        if not path.is_file():
-            ours = {"tokens"} | ({"run.json", "code", "tokenizer"} if (self.folder / "run.json").is_file() else set())  # of a start that was cut off
-            others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.name[0] != ".") if self.folder.is_dir() else []
+        path = self.home / "config.json"
+        if not path.exists():
+            ours = {"tokens"} | ({"run.json", "code", "tokenizer"} if (self.home / "run.json").exists() else set())  # of a start that was cut off
+            others = sorted(p.name for p in self.home.iterdir() if p.name not in ours and p.name[0] != ".") if self.home.exists() else []
             if others:
-                raise InputError("--out", str(self.folder), f"holds {others[0]} and is no run", "Name a new directory")
+                raise InputError("--out", str(self.home), f"holds {others[0]} and is no run", "Name a new directory")
             return
-        there = read_config(self.folder)
+        there = read_config(self.home)
         changes = self._changes(there)
         others = {field: values for field, values in changes.items() if not may_change(field)}
         done = self._done()
         if others:
-            raise InputError("--out", str(self.folder), f"holds a run of another configuration ({_shown(others)})", "Name a new directory with --out")
+            raise InputError("--out", str(self.home), f"holds a run of another configuration ({_shown(others)})", "Name a new directory with --out")
         kept = {field: values for field, values in changes.items() if not field.startswith("mesh.")}  # a mesh changes nothing of what has ended
         if kept and done >= self.config.train.steps:
             remedy = f"Train for more than {done} train.steps, or name a new directory with --out"
-            raise InputError("--out", str(self.folder), f"holds a run that has ended at step {done} ({_shown(kept)})", remedy)
+            raise InputError("--out", str(self.home), f"holds a run that has ended at step {done} ({_shown(kept)})", remedy)
         self.changes = changes
-        recorded = experiment.check_record(read_json(self.folder / "run.json").get("experiment"), self.folder)
+        recorded = experiment.check_record(read_json(self.home / "run.json").get("experiment"), self.home)
         changed = experiment.changed_files(recorded, self.experiment)
         if changed and (recorded["structural"] or self.experiment.structural):
             remedy = "Restore it, or name a new directory with --out"
-            raise InputError("EXPERIMENT", ", ".join(changed), f"changed since the run in {self.folder} was started", remedy)
+            raise InputError("EXPERIMENT", ", ".join(changed), f"changed since the run in {self.home} was started", remedy)
         if changed:
             self.say(f"note: {', '.join(changed)} changed since the run was started; the configuration is the same, so it goes on")
 
@@ -121,7 +137,7 @@ class Run:
 
     def _done(self) -> int:
         """The step of the newest checkpoint, whole or not, or of the one that the run begins from; 0 without one."""
-        return max(checkpoint.steps_in(self.folder / "checkpoints"), default=self.origin.step if self.origin else 0)
+        return max(checkpoint.steps_in(self.home / "checkpoints"), default=self.origin.step if self.origin else 0)
 
     def _traced(self, profile: str) -> observe.Profile | None:
         done = self._done()
@@ -148,13 +164,16 @@ class Run:
         if new_tokens:
             parts = [f"{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {name}" for name, s in manifest.splits.items()]
             self.say(f"prepare: {', '.join(parts)}")
-        if distributed.leads() and not (self.folder / "config.json").is_file():
+        copies.claim(self.folder, self.home)
+        if distributed.leads() and not (self.home / "config.json").exists():
             shutil.rmtree(self.folder / "code", ignore_errors=True)  # of a start that was cut off
             write_json(self.folder / "run.json", self.provenance())
             experiment.copy_code(self.experiment, self.folder)
             tokenizer.save(self.folder / "tokenizer")
             write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
         barrier("configuration")
+        self._send_tokens(manifest)
+        self._send(copies.PREPARED)
         observe.keep_compiled(self.folder / "compiled")
         return manifest
 
@@ -162,9 +181,10 @@ class Run:
         """The manifest and the tokenizer. Raises InputError where the tokens, or the prompt of the samples, do not fit the model."""
         manifest = token_shards.read_manifest(self.tokens)
         tokenizer = Tokenizer.load(self.tokens / "tokenizer")
-        if self.origin and not Tokenizer.load(Path(self.origin.run) / "tokenizer").same_as(tokenizer):
+        if self.origin and not _tokenizer_of(storage.place(self.origin.run)).same_as(tokenizer):
             remedy = "Use the same tokenizer, or data.tokens with shards of it"
             raise InputError("data.tokenizer", self.config.data.tokenizer, f"another one than that of {self.origin.run}", remedy)
+        self._check_same_tokens(manifest)
         vocab_size, T = self.config.model.vocab_size, self.config.model.context_len
         if 0 < vocab_size < manifest.vocab_size:
             reason = f"smaller than the tokenizer's {manifest.vocab_size}"
@@ -177,6 +197,16 @@ class Run:
             remedy = f"Ask for at most {T - n_prompt}" if n_prompt < T else "Shorten sample.prompt"
             raise InputError("sample.max_tokens", c.max_tokens, f"with {n_prompt} prompt tokens more than model.context_len = {T}", remedy)
         return manifest, tokenizer
+
+    def _check_same_tokens(self, manifest: token_shards.Manifest) -> None:
+        """Raises InputError where the run, in its bucket, has been trained on other tokens, as of a text that is another on this machine."""
+        there = self.home / "tokens"
+        if not storage.is_in_bucket(there) or not ((self.home / "config.json").exists() and (there / "manifest.json").exists()):
+            return
+        with _at_hand(self.home, ["tokens/manifest.json"]) as run:
+            if token_shards.read_manifest(run / "tokens").splits != manifest.splits:
+                reason = f"gives other tokens here than the run in {self.home} has been trained on"
+                raise InputError("data.source", self.config.data.source, reason, "Copy those here, and name them with data.tokens")
 
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions, machine."""
@@ -195,13 +225,29 @@ class Run:
         Raises:
           InputError: `profile` names no steps that are still to come.
         """
-        traced, newest = self._traced(profile), checkpoint.newest_whole(self.folder / "checkpoints", say=self.say)
+        traced, newest = self._traced(profile), checkpoint.newest_whole(self.home / "checkpoints", say=self.say)
         if newest is None or newest < self.config.train.steps:
             model = self.experiment.build(self.config.model)
-            origin = self.origin and Path(self.origin.run) / "checkpoints" / str(self.origin.step)
-            training.train(
-                self.config, model, self.tokens, self.folder, origin=origin, about=self._about(), begin=self._begin, profile=traced, wandb=wandb
-            )
+            origin = self.origin and storage.place(self.origin.run) / "checkpoints" / str(self.origin.step)
+            send_rows = functools.partial(self._send, copies.ROWS)
+            try:
+                training.train(
+                    self.config,
+                    model,
+                    self.tokens,
+                    self.folder,
+                    home=self.home,
+                    origin=origin,
+                    about=self._about(),
+                    begin=self._begin,
+                    before_save=send_rows,
+                    profile=traced,
+                    wandb=wandb,
+                )
+            except Stopped:
+                send_rows()
+                raise
+        self._send(copies.ROWS)
 
     def _about(self) -> dict[str, Any]:
         """What each checkpoint says of the run."""
@@ -209,19 +255,19 @@ class Run:
 
     def _begin(self, done: int) -> dict[str, Any]:
         """The run goes on at step `done`: takes away what was made of an earlier end, writes the configuration; returns what the history holds."""
-        for name in ("evaluation.json", "samples.txt"):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "hf", ignore_errors=True)
+        copies.remove(self.folder, self.home, copies.ENDED)
         if self.changes:
             self.say(f"goes on from step {done} with {_shown(self.changes)}")
             write_text(self.folder / "config.json", to_json(self.config))
+            copies.send(self.folder, self.home, ["config.json"])
         return {"git_commit": git_commit(), "changed": self.changes}
 
     def evaluate(self) -> dict[str, Any]:
         """Loss over the whole validation split, and what xz needs for the same text, as evaluation.json holds them."""
         path = self.folder / "evaluation.json"
         if self._is_done(path):
-            return read_json(path)
+            self._send([path.name])
+            return read_json(self.home / path.name)
         model, params, tokenizer = self.trained
         split = token_shards.read_manifest(self.tokens).splits["val"]
         tokens = token_shards.open_tokens(self.tokens, "val")
@@ -230,6 +276,7 @@ class Run:
         if distributed.leads():
             result |= evaluate.compressors(self.tokens, tokenizer)
             write_json(path, result)
+        self._send([path.name])
         self.say(evaluate.describe(result))
         return result
 
@@ -237,12 +284,14 @@ class Run:
         """Text that the trained model writes, as samples.txt holds it."""
         path, c = self.folder / "samples.txt", self.config.sample
         if self._is_done(path):
-            return path.read_text(encoding="utf-8")
+            self._send([path.name])
+            return (self.home / path.name).read_text(encoding="utf-8")
         with jax.sharding.set_mesh(self.mesh):
             (found,) = text_generation.generations(*self.trained, [c.prompt], c)
         text = "".join(f"--- sample {i}\n{c.prompt}{generation.text}\n" for i, generation in enumerate(found, 1))
         if distributed.leads():
             write_text(path, text)
+        self._send([path.name])
         self.say(text)
         return text
 
@@ -256,6 +305,7 @@ class Run:
             params = on_host(self.trained.params)
             if distributed.leads():
                 huggingface.export_weights(self.config.model, params, folder, tokenizer=self.trained.tokenizer)
+        self._send([folder.name])
         return folder
 
     def report(self) -> Path:
@@ -264,13 +314,24 @@ class Run:
         shown = [path for name in ("metrics.jsonl", "evaluation.json", "samples.txt") if (path := self.folder / name).is_file()]
         if distributed.leads() and not (page.is_file() and all(path.stat().st_mtime_ns <= page.stat().st_mtime_ns for path in shown)):
             report.write_report(self.folder)
+        self._send(copies.SHOWN)
         return page
 
     def _is_done(self, path: Path) -> bool:
-        """The stage that writes `path` is done. Every process has looked before one of them writes, so all decide alike."""
+        """The stage that writes `path` is done. All decide alike, as one of them looks."""
         done = path.exists()
-        barrier(f"looked for {path.name}")
-        return done
+        return bool(multihost_utils.broadcast_one_to_all(np.bool_(done))) if jax.process_count() > 1 else done
+
+    def _send(self, names: Sequence[str]) -> None:
+        """Copies what is new or changed of these files and folders to the bucket, if the run lives in one; all go on when that is done."""
+        if storage.is_in_bucket(self.home):
+            distributed.together(lambda: copies.send(self.folder, self.home, names) if distributed.leads() else None)
+
+    def _send_tokens(self, manifest: token_shards.Manifest) -> None:
+        """Copies the manifest and the validation split to the bucket, if the run lives in one: any machine can evaluate it then."""
+        names = ["manifest.json", *(shard.file for shard in manifest.splits["val"].shards)]
+        if storage.is_in_bucket(self.home):
+            distributed.together(lambda: copies.send(self.tokens, self.home / "tokens", names) if distributed.leads() else None)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -280,24 +341,24 @@ class Run:
     @functools.cached_property
     def trained(self) -> "Loaded":
         """The newest checkpoint, on the mesh."""
-        return load(self.folder, build=self.experiment.build, mesh=self.mesh)
+        return load(self.home, build=self.experiment.build, mesh=self.mesh)
 
 
 class Origin(NamedTuple):
     """Where a run began that was forked from another."""
 
-    run: str  # its directory
+    run: str  # where it lives
     step: int
     changed: dict[str, list[Any]]  # of the configuration
 
 
-def _checkpoint_of(reference: str, default: int | None = None) -> tuple[Path, int | None]:
+def _checkpoint_of(reference: str, default: int | None = None) -> tuple[Place, int | None]:
     """RUN, RUN@STEP or RUN/checkpoints/STEP as (RUN, STEP); `default` where no step is named."""
     run, at, step = reference.rpartition("@")
     if at and step.isdecimal():
-        return Path(run).absolute(), int(step)
-    folder, step = _run_and_step(Path(reference))
-    return folder.absolute(), default if step is None else step
+        return storage.place(storage.address(storage.place(run))), int(step)
+    folder, step = _run_and_step(reference)
+    return storage.place(storage.address(folder)), default if step is None else step
 
 
 def _shown(changes: Mapping[str, tuple[Any, Any]]) -> str:
@@ -314,7 +375,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-    reference: str | Path,
+    reference: str | Place,
     *,
     trust_code: bool = False,
     mesh: jax.sharding.Mesh | None = None,
@@ -322,7 +383,7 @@ def load(
     settings: Mapping[str, Any] | None = None,
     tokenizer: str | Path = "",
 ) -> Loaded:
-    """The model in a run directory, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory, a weight file, or a hub name.
+    """The model of a run or a checkpoint (RUN/checkpoints/STEP), also in a bucket, or in a Hugging Face directory, a weight file, or by a hub name.
 
     The parameters come to the mesh, without one to the first device. `build` makes the model where the caller has the run's code.
     For weights of others, `settings` say what they do not tell (`huggingface.open_weights`), `tokenizer` is a folder with theirs, or
@@ -344,14 +405,14 @@ def _first_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _rebuild(reference: str | Path, trust_code: bool) -> gpt2.Model:
+def _rebuild(reference: str | Place, trust_code: bool) -> gpt2.Model:
     """The model of a run."""
     folder, _ = _run_and_step(reference)
     recorded = read_json(folder / "run.json").get("experiment")
     return experiment.rebuild(recorded, read_config(folder).model, folder, trust_code=trust_code)
 
 
-def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh | jax.sharding.Sharding | None) -> Loaded:
+def _restore(reference: str | Place, model: gpt2.Model, place: jax.sharding.Mesh | jax.sharding.Sharding | None) -> Loaded:
     """A run's model with the parameters of its checkpoint: laid out, or as NumPy arrays."""
     folder, step = _run_and_step(reference)
     steps = checkpoint.steps_in(folder / "checkpoints")
@@ -365,7 +426,23 @@ def _restore(reference: str | Path, model: gpt2.Model, place: jax.sharding.Mesh 
         shardings = sharding.shardings(place, shapes) if isinstance(place, jax.sharding.Mesh) else jax.tree.map(lambda _: place, shapes)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     params, _ = checkpoint.restore(folder / "checkpoints" / str(steps[-1] if step is None else step), abstract)
-    return Loaded(model, params, Tokenizer.load(folder / "tokenizer"))
+    return Loaded(model, params, _tokenizer_of(folder))
+
+
+def _tokenizer_of(run: Place) -> Tokenizer:
+    with _at_hand(run, ["tokenizer"]) as folder:
+        return Tokenizer.load(folder / "tokenizer")
+
+
+@contextlib.contextmanager
+def _at_hand(run: Place, names: Sequence[str]) -> Iterator[Path]:
+    """A directory on this machine with these files and folders of a run: its own, or for the time being one with copies."""
+    if isinstance(run, Path):
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        storage.fetch(run, names, Path(folder))
+        yield Path(folder)
 
 
 def _open_others(reference: str, settings: Mapping[str, Any] | None = None, tokenizer: str | Path = "") -> tuple[huggingface.Source, Tokenizer]:
@@ -380,13 +457,18 @@ def _open_others(reference: str, settings: Mapping[str, Any] | None = None, toke
     return source, tokens
 
 
-def _is_run(reference: str | Path) -> bool:
-    return (_run_and_step(reference)[0] / "run.json").is_file()
+def _is_run(reference: str | Place) -> bool:
+    """False where others made what is there. Raises InputError where it would be in a bucket: there are runs alone."""
+    run, _ = _run_and_step(reference)
+    found = (run / "run.json").exists()
+    if not found and storage.is_in_bucket(run):
+        raise InputError("MODEL", str(run), "no run is there", "Name a run, or a checkpoint of it, RUN/checkpoints/STEP")
+    return found
 
 
-def _run_and_step(reference: str | Path) -> tuple[Path, int | None]:
+def _run_and_step(reference: str | Place) -> tuple[Place, int | None]:
     """RUN/checkpoints/STEP as (RUN, STEP); any other path as (path, None)."""
-    reference = Path(reference)
+    reference = storage.place(reference)
     if reference.parent.name == "checkpoints" and reference.name.isdigit():
         return reference.parent.parent, int(reference.name)
     return reference, None
@@ -465,13 +547,15 @@ def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, in
         tokens = token_shards.Tokens([np.concatenate(ids)])
         n_bytes, n_characters = sum(len(d.encode()) for d in documents), sum(map(len, documents))
     else:
-        run, _ = _run_and_step(Path(reference))
-        if not (run / "run.json").is_file() or "imported_from" in read_json(run / "run.json"):
+        run, _ = _run_and_step(reference)
+        if not (run / "run.json").exists() or "imported_from" in read_json(run / "run.json"):
             raise InputError("MODEL", reference, "has no validation split", "Give a text with --text")
-        data = read_config(run).data
-        folder = Path(data.tokens) if data.tokens else run / "tokens"
-        split = token_shards.read_manifest(folder).splits["val"]
-        tokens, n_bytes, n_characters = token_shards.open_tokens(folder, "val"), split.bytes, split.characters
+        elsewhere = read_config(run).data.tokens if isinstance(run, Path) else ""  # a bucket has its own copy of this split
+        with _at_hand(run, ["tokens"]) as folder:
+            folder = Path(elsewhere) if elsewhere else folder / "tokens"
+            split = token_shards.read_manifest(folder).splits["val"]
+            tokens = token_shards.open_tokens(folder, "val")  # mapped, so it outlives the file's name
+        n_bytes, n_characters = split.bytes, split.characters
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     return evaluate.measure(model, params, tokens, mesh, n_bytes=n_bytes, n_characters=n_characters)
 
@@ -489,7 +573,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def read_config(run: Path) -> Config:
+def read_config(run: Place) -> Config:
     """The configuration of a run.
 
     Raises:
@@ -498,7 +582,7 @@ def read_config(run: Path) -> Config:
     return from_json(json.dumps(read_json(run / "config.json")), where=str(run / "config.json"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """A JSON object from a file of a run.
 
     Raises:

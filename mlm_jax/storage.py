@@ -3,17 +3,28 @@
 In a bucket a folder is no more than what the names of its objects have in common, and each object carries a checksum of its bytes.
 """
 
+import base64
+import contextlib
+import hashlib
 import importlib.util
+import logging
 import os
 import re
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from mlm_jax.config import InputError
 
 Place = Path | epath.Path  # on disk, in a bucket
+WAIT_S = 60.0  # at most, for the first answer of a bucket; gcsfs tries for half a minute where it is refused
+
+
+class NotReached(RuntimeError):
+    """A bucket could not be read or written."""
 
 
 class File(NamedTuple):
@@ -40,6 +51,7 @@ def place(folder: str | os.PathLike[str]) -> Place:
 
     for library in ("gcs", "gs"):  # other processes write there, so a listing is never kept
         fsspec.config.conf.setdefault(library, {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else it prints the traceback of what it raises
     return epath.Path(name)
 
 
@@ -57,10 +69,8 @@ def files(folder: Place) -> dict[str, File]:
     if isinstance(folder, Path):
         stats = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
         return {name: File(stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    import fsspec
-
     root = str(folder).removeprefix("gs://").rstrip("/") + "/"
-    found = fsspec.filesystem("gcs").find(root, detail=True)
+    found = _buckets().find(root, detail=True)
     return {name.removeprefix(root): File(int(o["size"]), int(o["generation"]), o["crc32c"]) for name, o in sorted(found.items())}
 
 
@@ -69,9 +79,7 @@ def move(folder: Place, new: Place) -> None:
     if isinstance(folder, Path):
         folder.rename(new)
         return
-    import fsspec
-
-    bucket, names = fsspec.filesystem("gcs"), list(files(folder))
+    bucket, names = _buckets(), list(files(folder))
     bucket.copy([str(folder / name) for name in names], [str(new / name) for name in names])
     bucket.rm([str(folder / name) for name in names])
 
@@ -84,3 +92,101 @@ def write_text(path: Place, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Writes a file into a folder of a bucket and takes it away again.
+
+    Raises:
+      InputError: the bucket is not there, cannot be reached or does not let this be done; after at most `WAIT_S` seconds.
+    """
+    import fsspec.asyn
+
+    path = str(folder / f".writable_{secrets.token_hex(4)}")
+    remedy = "See to the name of the bucket, the network and the permissions (storage.objects: create, get, list, delete)"
+    try:
+        buckets = _buckets()
+        fsspec.asyn.sync(buckets.loop, buckets._pipe_file, path, b"", timeout=WAIT_S)
+        fsspec.asyn.sync(buckets.loop, buckets._rm_file, path, timeout=WAIT_S)
+    except FileNotFoundError as e:
+        raise InputError("--out", str(folder), "there is no such bucket", remedy) from e
+    except fsspec.asyn.FSTimeoutError as e:
+        raise InputError("--out", str(folder), f"does not answer within {WAIT_S:g} s", remedy) from e
+    except Exception as e:  # whatever the library raised
+        raise InputError("--out", str(folder), f"cannot be written to ({first_line(e)})", remedy) from e
+
+
+def send(folder: Path, names: Sequence[str], home: epath.Path) -> None:
+    """Copies the files and folders of these names to the bucket, one after the other, without the files that are there with the same bytes.
+
+    Raises:
+      NotReached: one could not be written; those before it were.
+    """
+    with _reached(home):
+        buckets = _buckets()
+        for name in names:
+            there = buckets.find(str(home / name), detail=True)
+            for path in [folder / name] if (folder / name).is_file() else sorted(path for path in (folder / name).rglob("*") if path.is_file()):
+                new = str(home / path.relative_to(folder).as_posix())
+                if there.get(new.removeprefix("gs://"), {}).get("md5Hash") != _md5(path):
+                    buckets.put_file(str(path), new)
+
+
+def fetch(home: epath.Path, names: Sequence[str], folder: Path) -> None:
+    """Copies the files and folders of these names from the bucket, one after the other; each file is whole or not there.
+
+    Raises:
+      InputError: a name of the bucket leads out of `folder`.
+      NotReached: one could not be read; those before it were.
+    """
+    root = str(home).removeprefix("gs://") + "/"
+    with _reached(home):
+        buckets = _buckets()
+        for path in (path for name in names for path in sorted(buckets.find(str(home / name)))):
+            new = folder / path.removeprefix(root)
+            if ".." in new.parts:
+                raise InputError("folder", str(home), f"{path!r} leads out of it", "Remove that object")
+            new.parent.mkdir(parents=True, exist_ok=True)
+            partial = new.with_name(f".{new.name}.partial")
+            buckets.get_file(path, str(partial))
+            partial.replace(new)
+
+
+def remove(home: epath.Path, names: Sequence[str]) -> None:
+    """Takes the files and folders of these names away from the bucket, where they are there.
+
+    Raises:
+      NotReached: one could not be removed.
+    """
+    with _reached(home):
+        buckets = _buckets()
+        if paths := [path for name in names for path in buckets.find(str(home / name))]:
+            buckets.rm(paths)
+
+
+def first_line(reason: object) -> str:
+    """Of a text or an error, cut after 200 characters; the kind of error where it says nothing."""
+    return next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _reached(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # whatever the library raised
+        raise NotReached(f"{folder} cannot be reached: {first_line(e)}") from e
+
+
+def _buckets() -> Any:
+    """All buckets, as gcsfs has them."""
+    import fsspec
+
+    return fsspec.filesystem("gcs")
+
+
+def _md5(path: Path) -> str:
+    """As buckets tell it."""
+    with path.open("rb") as file:
+        return base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()

@@ -22,6 +22,7 @@ from mlm_jax.data.tokens import open_tokens, read_manifest
 from mlm_jax.evaluate import make_eval_step, mean_loss
 from mlm_jax.model import gpt2
 from mlm_jax.stopping import Requests, Stopped
+from mlm_jax.storage import Place
 
 
 class TrainState(NamedTuple):
@@ -139,20 +140,22 @@ def train(
     tokens: Path,
     run: Path,
     *,
-    origin: Path | None = None,
+    home: Place | None = None,
+    origin: Place | None = None,
     about: Mapping[str, Any] | None = None,
     begin: Callable[[int], Mapping[str, Any]] = lambda step: {},
+    before_save: Callable[[], None] = lambda: None,
     profile: observe.Profile | None = None,
     wandb: str = "",
 ) -> TrainState:
-    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest whole checkpoint in `run`, or else from
-    `origin`. Each checkpoint holds what `about` says of the run.
+    """Trains for `config.train.steps` steps on the token shards in `tokens`, going on from the newest whole checkpoint in `home`, which is
+    `run` where it is not given, or else from `origin`. Each checkpoint holds what `about` says of the run.
 
     Where all is ready for the first step, and nothing can be refused any more, one process calls `begin` with the steps that are done; what it
-    returns is part of the history.
+    returns is part of the history. Each process calls `before_save` before a checkpoint, when the rows up to its step are written.
 
-    Writes metrics.jsonl, history.jsonl, tensorboard/ and checkpoints/ in `run`, a trace of the steps of `profile` into profile/, and the same
-    figures to the Weights & Biases project `wandb`; returns the final state.
+    Writes checkpoints/ in `home`; metrics.jsonl, history.jsonl, tensorboard/ and, of the steps of `profile`, a trace into profile/ in `run`; and the
+    same figures to the Weights & Biases project `wandb`. Returns the final state.
 
     Raises:
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
@@ -161,7 +164,7 @@ def train(
 
     Where a step takes longer than `config.train.step_timeout`, or another process is gone, the watchdog ends this process, with status 76.
     """
-    c, T = config.train, config.model.context_len
+    c, T, home = config.train, config.model.context_len, run if home is None else home
     mesh = sharding.make_mesh(config.mesh)
     check_batches(mesh, config)
     manifest = read_manifest(tokens)
@@ -177,11 +180,11 @@ def train(
         stack.enter_context(jax.sharding.set_mesh(mesh))
         compiled_before = observe.compilation()
         checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(run / "checkpoints", keep=c.keep_checkpoints, keep_every=c.keep_every, keep_best=c.keep_best, about=about)
+            checkpoint.Checkpoints(home / "checkpoints", keep=c.keep_checkpoints, keep_every=c.keep_every, keep_best=c.keep_best, about=about)
         )
         abstract = abstract_state(config, model, mesh)
         done = checkpoints.newest or 0
-        if folder := run / "checkpoints" / str(done) if done else origin:
+        if folder := home / "checkpoints" / str(done) if done else origin:
             params, rest = checkpoint.restore(folder, abstract.params, progress(abstract))
             state, done = TrainState(params=params, **rest), int(rest["step"])
         else:
@@ -307,6 +310,7 @@ def train(
                 also = "".join(f"; of the averaged weights {x:.4f}" for x in averaged)
                 say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
+                before_save()
                 checkpoints.save(step, state.params, progress(state), val_loss=loss)
                 save_s = clock.lap("saving")
                 if recorder:

@@ -1,14 +1,8 @@
 """Checkpoints in a bucket are as those on disk, also while the network fails: against an emulator of Google Cloud Storage."""
 
-import functools
-import http.server
 import importlib.util
 import json
-import logging
-import os
 import re
-import threading
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import jax
 import jax.numpy as jnp
@@ -17,63 +11,16 @@ import pytest
 
 from mlm_jax import checkpoint, sharding, storage
 from mlm_jax.config import InputError, MeshConfig
+from tests.gcs_emulator import gcsfs, serve
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask Google itself what kind of bucket it is
-gcsfs = pytest.importorskip("gcsfs")
-emulator = pytest.importorskip("gcp_storage_emulator.server")
 # Of the requests that are under way when a save fails, some end after the loop that waited for them.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")]
 
 
-class Server(http.server.HTTPServer):
-    """The emulator with one bucket. `answer(method, name)` may give a status instead of its own answer; 0 breaks the connection."""
-
-    request_queue_size = 128
-
-    def __init__(self):
-        self.storage = emulator.Storage(use_memory_fs=True)
-        emulator.buckets.create_bucket("bucket", self.storage)
-        self.answer = lambda method, name: None
-        super().__init__(("127.0.0.1", 0), functools.partial(Handler, self.storage))
-
-    def handle_error(self, request, client_address):
-        """Says nothing where the client did not wait for the answer."""
-
-    def names(self):
-        return {o["name"] for o in self.storage.get_file_list("bucket")[0]}
-
-
-class Handler(emulator.RequestHandler):
-    """Adds what the emulator lacks: outages, and writes on condition that the object is as it was (`ifGenerationMatch`)."""
-
-    def parse_request(self):
-        if not super().parse_request():
-            return False
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
-        name = query["name"][0] if "name" in query else unquote(url.path.partition("/o/")[2])
-        status = self.server.answer(self.command, name)
-        if status is None and "ifGenerationMatch" in query:
-            there = {o["name"]: o["generation"] for o in self.storage.get_file_list("bucket", name)[0]}
-            status = None if query["ifGenerationMatch"] == [there.get(name, "0")] else 412
-        if status is None:
-            return True
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.close_connection = True
-        if status:
-            self.send_error(status)
-        return False
-
-
 @pytest.fixture(scope="module")
 def running():
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    with Server() as server, pytest.MonkeyPatch.context() as patch:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-            patch.setenv(name, f"http://127.0.0.1:{server.server_address[1]}")
+    with serve() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "distributed", "lock", "sharding", "status", "stopping", "storage"),
     ("data", "model", "objectives", "optim"),
-    ("checkpoint", "experiment", "history", "huggingface", "metrics", "observe", "watch", "weights"),
+    ("checkpoint", "copies", "experiment", "history", "huggingface", "metrics", "observe", "watch", "weights"),
     ("train", "guard", "decode", "evaluate"),
     ("plan", "ablate", "report", "doctor", "runs", "supervise"),
     ("cli", "__init__", "__main__"),
