@@ -118,10 +118,6 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def restore(self, step: int, params: Any, progress: Any | None = None) -> tuple[Any, Any]:
-        """(params, progress) of checkpoint `step`, as `restore` returns them."""
-        return restore(self.folder / str(step), params, progress)
-
     def _end(self, step: int, response: Any) -> None:
         """Waits until checkpoint `step` is written, and seals it."""
         try:

@@ -146,7 +146,13 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set optim.peak_lr=3e-4; repeatable")
         sub.add_argument("--out", type=Path, metavar="DIR", help="the run directory, or gs://BUCKET/FOLDER (default: runs/NAME)")
         if function is not prepare:
-            sub.add_argument("--from", dest="origin", default="", metavar="RUN[@STEP]", help="fork: begin a new run from a checkpoint of another")
+            sub.add_argument(
+                "--from",
+                dest="origin",
+                default="",
+                metavar="RUN[@STEP]",
+                help="fork: begin a new run from a checkpoint of another; @best is that with the lowest validation loss",
+            )
             sub.add_argument("--supervise", action="store_true", help="start it again whenever it fails, but for bad input, until it is done")
             sub.add_argument("--profile", default="", metavar="FIRST:LAST", help="write a trace of these steps, both included, into profile/")
             sub.add_argument("--wandb", default="", metavar="PROJECT", help="send the figures to Weights & Biases too")
@@ -195,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-MODEL_HELP = "a run directory or gs://BUCKET/FOLDER, a checkpoint (RUN/checkpoints/STEP), a Hugging Face directory or a hub name"
+MODEL_HELP = "a run directory or gs://BUCKET/FOLDER, a checkpoint (RUN@STEP, or RUN@best by validation loss), a Hugging Face directory or a hub name"
 
 
 def _settings(sub: argparse.ArgumentParser, config: type, without: tuple[str, ...]) -> None:

@@ -57,7 +57,7 @@ class Run:
         origin: str = "",
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
-        """`origin` is RUN or RUN@STEP: a new run goes on from that checkpoint, the newest where no step is named, whatever its configuration.
+        """`origin` is RUN, RUN@STEP or RUN@best: a new run goes on from that checkpoint, the newest where none is named, whatever its configuration.
         `home` is where the run lives, without one in `folder`, which has copies of its small files where that is a bucket.
 
         Raises:
@@ -353,10 +353,7 @@ class Origin(NamedTuple):
 
 
 def _checkpoint_of(reference: str, default: int | None = None) -> tuple[Place, int | None]:
-    """RUN, RUN@STEP or RUN/checkpoints/STEP as (RUN, STEP); `default` where no step is named."""
-    run, at, step = reference.rpartition("@")
-    if at and step.isdecimal():
-        return storage.place(storage.address(storage.place(run))), int(step)
+    """`_run_and_step` with the run's whole path, and `default` where no step is named."""
     folder, step = _run_and_step(reference)
     return storage.place(storage.address(folder)), default if step is None else step
 
@@ -467,11 +464,24 @@ def _is_run(reference: str | Place) -> bool:
 
 
 def _run_and_step(reference: str | Place) -> tuple[Place, int | None]:
-    """RUN/checkpoints/STEP as (RUN, STEP); any other path as (path, None)."""
-    reference = storage.place(reference)
-    if reference.parent.name == "checkpoints" and reference.name.isdigit():
-        return reference.parent.parent, int(reference.name)
-    return reference, None
+    """RUN@STEP and RUN/checkpoints/STEP as (RUN, STEP), RUN@best as (RUN, the step with the lowest validation loss); any other path as (path, None).
+
+    Raises:
+      InputError: no checkpoint of RUN@best tells its validation loss.
+    """
+    place = storage.place(reference)
+    if place.parent.name == "checkpoints" and place.name.isdecimal():
+        return place.parent.parent, int(place.name)
+    name, _, step = place.name.rpartition("@")
+    if not name or not (step.isdecimal() or step == "best") or place.exists():
+        return place, None
+    run = place.with_name(name)
+    if step == "best":
+        step = checkpoint.best_step(run / "checkpoints")
+        if step is None:
+            remedy = "Name a step of a run, as RUN@STEP, or train with train.save_every a multiple of train.eval_every"
+            raise InputError("MODEL", str(reference), "no checkpoint there tells its validation loss", remedy)
+    return run, int(step)
 
 
 def import_model(

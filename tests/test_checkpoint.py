@@ -110,7 +110,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint_and_goes_at_the_next_start(c
     same(checkpoint.restore(copied / "10", wanted(tree()))[0], tree(10))
     assert half.exists()  # a reader leaves it: it may be another process's, still being written
     with checkpoint.Checkpoints(copied) as checkpoints:
-        same(checkpoints.restore(10, wanted(tree()))[0], tree(10))
+        same(checkpoint.restore(checkpoints.folder / "10", wanted(tree()))[0], tree(10))
     assert not half.exists()
     assert checkpoint.steps_in(copied) == [5, 10]
 
@@ -255,7 +255,7 @@ def test_a_start_reads_each_file_once_and_only_of_the_checkpoint_that_it_uses(co
     monkeypatch.setattr(checkpoint, "_crc32", lambda path: (read.append(path), crc32(path))[1])
     with checkpoint.Checkpoints(copied) as checkpoints:
         assert checkpoints.newest == 10
-        checkpoints.restore(10, wanted(tree()), wanted(progress(0)))
+        checkpoint.restore(checkpoints.folder / "10", wanted(tree()), wanted(progress(0)))
     assert sorted(read) == sorted(path for path in contents(copied / "10") if path.name != checkpoint.FILES)
 
 

@@ -73,7 +73,7 @@ def test_a_start_goes_by_the_sizes_and_checksums_of_the_bucket(folder, server):
     said = []
     with checkpoint.Checkpoints(folder, say=said.append) as checkpoints:
         assert checkpoints.newest == 5
-        same(checkpoints.restore(5, wanted())[0], tree(5))
+        same(checkpoint.restore(checkpoints.folder / "5", wanted())[0], tree(5))
         save(checkpoints, 10)
     assert said == [
         "checkpoint 10 is damaged: params/w_up_DF/c/0/0 has other bytes than were written; it was moved to 10.damaged, checkpoint 5 is used instead"

@@ -243,6 +243,22 @@ def test_a_run_a_checkpoint_and_the_export_are_the_same_model(tiny_run):
     assert all(config[name] == value for name, value in vars(run.model.config).items() if name != "unroll_layers")
 
 
+def test_a_checkpoint_is_named_by_its_step_or_as_the_best(tiny_run, copied):
+    losses = {row["step"]: row["val_loss"] for row in read_metrics(copied / "metrics.jsonl") if "val_loss" in row}
+    assert losses.keys() == {10, 20} and checkpoint.steps_in(copied / "checkpoints") == [15, 20]
+    at_15, at_20 = (runs.load(copied / f"checkpoints/{step}").params for step in (15, 20))
+    for reference, params in ((f"{copied}@15", at_15), (f"{copied}@20", at_20), (f"{copied}@best", at_20), (copied, at_20)):
+        for ours, theirs in zip(jax.tree.leaves(runs.load(reference).params), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    shutil.rmtree(copied / "checkpoints/20")  # the other has no validation loss
+    with pytest.raises(InputError, match=r"run@best: no checkpoint there tells its validation loss\."):
+        runs.load(f"{copied}@best")
+    with pytest.raises(InputError, match=r"run@20: no such checkpoint, it has 15"):
+        runs.load(f"{copied}@20")
+    moved = copied.rename(copied.with_name("run@15"))  # what is there by its whole name is meant
+    assert len(jax.tree.leaves(runs.load(moved).params)) == len(jax.tree.leaves(at_15))
+
+
 def test_loading_changes_no_file(tiny_run):
     before = times(tiny_run.folder)
     runs.load(tiny_run.folder)
