@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mlm_jax import distributed, status
+from mlm_jax.stopping import Stopped
 
 LEAST_LIMIT_S, LIMIT_IN_STEPS = 600.0, 20  # where nothing else is asked for: the larger of that and of so many times a recent step
 SILENCE_S = 0.35 * distributed.HEARTBEAT_TIMEOUT_S  # a process that says nothing for so long is gone: noticed with time to say so before JAX ends all
@@ -83,7 +84,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self._left = kind is None  # whoever fails is soon gone
+        self._left = kind in (None, Stopped)  # whoever fails is soon gone
         self._over.set()
         for thread in self._threads:
             thread.join(_EVERY_S)

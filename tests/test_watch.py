@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from mlm_jax import distributed, status, watch
+from mlm_jax.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +159,18 @@ def test_where_the_news_no_longer_come_it_is_process_0_that_is_gone(process, wor
     assert heard.others.gone()
     assert heard.others.words(watch.Position(0, 4, 5), 45).startswith(words)
     assert ("process 2" in heard.others.words(watch.Position(0, 4, 5), 45)) == (process == 0)
+
+
+def test_a_process_that_stopped_as_it_was_asked_or_is_done_has_left_and_one_that_failed_is_missed(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "publish", lambda name, value: said.append(value))
+    monkeypatch.setattr(distributed, "published", lambda name: dict(enumerate(["1 0 0 0", "1 0 0 0"])))
+    for error, left in ((None, True), (Stopped(8), True), (OSError(), False)):
+        with contextlib.suppress(Stopped, OSError), watch.Watchdog(600):
+            if error:
+                raise error
+        assert watch.Position.unpacked(said[-1]).left == left, error
 
 
 def test_a_position_arrives_as_it_was_sent():
