@@ -34,13 +34,15 @@ FILES = "files.json"
 CHUNK_BYTES = 16 << 20  # dozens of pieces may be on their way to the disk at once
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's own file, which holds what we say beside what it does
 _COMMITTED = "commit_success.txt"  # Orbax's last file: in a bucket nothing else tells a whole checkpoint from a half-written one
-_CRC_BYTES = 16 << 30  # larger checkpoints are checked by the sizes of their files alone: reading them twice would take minutes
-_SMALL_BYTES = 1 << 20  # files up to this size are checked by their bytes all the same
 _whole: dict[str, dict[str, storage.File]] = {}  # the files of checkpoints found whole: while they stay so, nothing is read again to be checked
 
 
 class NotSaved(RuntimeError):
     """A checkpoint could not be written."""
+
+
+class NotRestored(RuntimeError):
+    """A checkpoint that is whole could not be read."""
 
 
 class Checkpoints:
@@ -185,14 +187,15 @@ def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = 
 
     Raises:
       InputError: the checkpoint is damaged, or does not hold these arrays.
+      NotRestored: it is whole, and could not be read, for want of memory, say, or of a connection.
     """
     place = storage.place(folder)
     distributed.together(lambda: _check_whole(place) if distributed.leads() else None)
     wanted = {"params": params} | ({} if progress is None else {"progress": progress})
     try:
         stored = ocp.checkpointables_metadata(storage.address(place)).metadata
-    except Exception as e:  # a damaged file surfaces as whatever the storage layer raised
-        raise _damaged(place, e) from e
+    except Exception as e:
+        raise _not_restored(place, e) from e
     for part, tree in wanted.items():
         if stored.get(part) is None:
             raise _damaged(place, f"no readable {part}")
@@ -200,7 +203,7 @@ def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = 
     try:
         found = ocp.load_checkpointables(storage.address(place), wanted)
     except Exception as e:
-        raise _damaged(place, e) from e
+        raise _not_restored(place, e) from e
     return found["params"], found.get("progress")
 
 
@@ -283,9 +286,7 @@ def _seal(folder: Place) -> None:
     files = {name: file for name, file in storage.files(folder).items() if name != FILES}
     values: dict[str, dict[str, Any]] = {name: {"bytes": file.bytes} for name, file in files.items()}
     if isinstance(folder, Path):
-        whole = sum(file.bytes for file in files.values()) <= _CRC_BYTES
-        summed = [name for name, file in files.items() if whole or file.bytes <= _SMALL_BYTES]
-        for name, crc in zip(summed, _crc32s([folder / name for name in summed]), strict=True):
+        for name, crc in zip(files, _crc32s([folder / name for name in files]), strict=True):
             values[name]["crc32"] = crc
     else:
         for name, file in files.items():
@@ -395,6 +396,18 @@ def _crc32(path: Place) -> int:
 def _damaged(folder: Place, reason: object) -> InputError:
     remedy = "Remove this folder to go on from the checkpoint before it, or from the start"
     return InputError("checkpoint", str(folder), f"damaged: {storage.first_line(reason)}", remedy)
+
+
+def _not_restored(folder: Place, reason: Exception) -> Exception:
+    """What is wrong where the storage layer raised `reason`: damage only where the files are not, or are not known to be, as they were written."""
+    _whole.pop(storage.address(folder), None)
+    try:
+        fault = _fault(folder) or ("" if (folder / FILES).exists() else reason)
+    except Exception:  # of a disk or a bucket that cannot be read at all
+        fault = ""
+    if fault:
+        return _damaged(folder, fault)
+    return NotRestored(f"checkpoint {folder} could not be read: {storage.first_line(reason)}; its files are whole")
 
 
 def _check_same_arrays(part: Place, stored: Any, wanted: Any) -> None:

@@ -75,10 +75,11 @@ def _execute(args: argparse.Namespace, argv: list[str]) -> int:
         return status.DONE
     except (Exception, KeyboardInterrupt) as e:
         ended, line = _ending(e, args)
-        if args.traceback and ended != status.STOPPED:
-            traceback.print_exc()
-        typed = "\n" if isinstance(e, KeyboardInterrupt) else ""  # the terminal shows ^C
-        print(f"{typed}mlm-jax: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a log on a full disk
+            if args.traceback and ended != status.STOPPED:
+                traceback.print_exc()
+            typed = "\n" if isinstance(e, KeyboardInterrupt) else ""  # the terminal shows ^C
+            print(f"{typed}mlm-jax: {line}", file=sys.stderr)
         return ended
 
 
@@ -245,10 +246,20 @@ def _load(args: argparse.Namespace, reference: str) -> "Loaded":
 
 def _supervise(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs the command in a process of its own, again and again until it is done; returns how it ended."""
-    from mlm_jax import supervise
+    from mlm_jax import storage, supervise
 
-    _, folder, _ = _loaded(args)
-    return supervise.run(argv, lambda: supervise.newest_step(folder))
+    _, folder, home = _loaded(args)
+
+    def progress() -> int:
+        steps = [supervise.newest_step(folder)]
+        if storage.is_in_bucket(home):  # only one of several processes writes figures into its folder
+            from mlm_jax import checkpoint
+
+            with contextlib.suppress(Exception):  # whatever the library raises where the bucket cannot be reached
+                steps += checkpoint.steps_in(home / "checkpoints")
+        return max(steps)
+
+    return supervise.run(argv, progress)
 
 
 def _loaded(args: argparse.Namespace) -> tuple[Any, Path, Any]:

@@ -277,6 +277,13 @@ def together(work: Callable[[], R]) -> R:
     return result  # pyright: ignore[reportReturnType]
 
 
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process; all call it together, between computations."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
 def stops_after(step: int, asked: bool) -> bool:
     """Whether all processes stop after this step, the same in all; `asked` says that this process was asked to. Called before each step is given.
 
@@ -338,7 +345,7 @@ def leave(exit_status: int) -> None:
     else:
         last = threading.Thread(target=jax.distributed.shutdown, daemon=True)  # waits until all have called it
         last.start()
-        last.join(_GRACE_S)
+        last.join(TIMEOUT_S if exit_status == status.STOPPED else _GRACE_S)  # who was asked to stop may still save
     os._exit(exit_status)
 
 

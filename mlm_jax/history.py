@@ -32,6 +32,8 @@ class History:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         with named(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": at, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class Goodput(NamedTuple):

@@ -17,6 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from mlm_jax import storage
 from mlm_jax.config import Config, InputError, ModelConfig
 
 # Peak dense bfloat16 FLOP/s (float16 where a GPU has no bfloat16) of one JAX device, by the start of its device_kind.
@@ -93,16 +94,20 @@ class MetricsFile:
         found = read_metrics(path) if path.exists() else []
         rows = [row for row in found if row["step"] <= resume_at]
         self.lost_s = float(sum(row.get("step_s", 0) for row in found if row["step"] > resume_at))
-        partial = path.with_suffix(".tmp")
-        with named(partial):
-            partial.write_text("".join(map(self._line, rows)), encoding="utf-8")
-        partial.replace(path)
+        with named(path):
+            storage.write_text(path, "".join(map(self._line, rows)))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, which a kill of the process leaves in the file."""
         with named(self._file.name):
             self._file.write(self._line(row))
+
+    def flush(self) -> None:
+        """Sees to it that what was written survives the end of the machine."""
+        with named(self._file.name):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @staticmethod
     def _line(row: dict[str, Any]) -> str:
@@ -137,9 +142,14 @@ class TensorBoard:
                 values.append(Summary.Value(tag=f"{group}/{name}", simple_value=value))
         with named(self._folder):
             self._file.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
-            if time.monotonic() - self._flushed > FLUSH_S:
-                self._file.flush()
-                self._flushed = time.monotonic()
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Puts on disk what was written: a kill leaves it in the file."""
+        with named(self._folder):
+            self._file.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         with named(self._folder):
@@ -169,6 +179,9 @@ class Wandb:
         """Adds one row; another process sends it."""
         self._run.log({name: value for name, value in row.items() if isinstance(value, int | float)})
 
+    def flush(self) -> None:
+        """Does nothing: what was written is the other process's."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -197,6 +210,11 @@ class Recorder:
         """Writes one row, which has a "step", to all."""
         for sink in self._sinks:
             sink.write(row)
+
+    def flush(self) -> None:
+        """Puts all rows on disk: steps up to a checkpoint are not taken again."""
+        for sink in self._sinks:
+            sink.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

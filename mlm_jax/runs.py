@@ -170,7 +170,7 @@ class Run:
             write_json(self.folder / "run.json", self.provenance())
             experiment.copy_code(self.experiment, self.folder)
             tokenizer.save(self.folder / "tokenizer")
-            write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
+            storage.write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
         barrier("configuration")
         self._send_tokens(manifest)
         self._send(copies.PREPARED)
@@ -258,7 +258,7 @@ class Run:
         copies.remove(self.folder, self.home, copies.ENDED)
         if self.changes:
             self.say(f"goes on from step {done} with {_shown(self.changes)}")
-            write_text(self.folder / "config.json", to_json(self.config))
+            storage.write_text(self.folder / "config.json", to_json(self.config))
             copies.send(self.folder, self.home, ["config.json"])
         return {"git_commit": git_commit(), "changed": self.changes}
 
@@ -290,7 +290,7 @@ class Run:
             (found,) = text_generation.generations(*self.trained, [c.prompt], c)
         text = "".join(f"--- sample {i}\n{c.prompt}{generation.text}\n" for i, generation in enumerate(found, 1))
         if distributed.leads():
-            write_text(path, text)
+            storage.write_text(path, text)
         self._send([path.name])
         self.say(text)
         return text
@@ -510,7 +510,7 @@ def import_model(
     tokens.save(folder / "tokenizer")
     config = Config(name="imported", model=source.config)
     write_json(folder / "run.json", {"experiment": {"module": "", "structural": False, "files": []}, "imported_from": str(reference)})
-    write_text(folder / "config.json", to_json(config))
+    storage.write_text(folder / "config.json", to_json(config))
 
 
 def export_model(reference: str, folder: Path, *, trust_code: bool = False) -> None:
@@ -610,15 +610,7 @@ def read_json(path: Place) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file that is whole or not there."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    storage.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def git_commit() -> str | None:

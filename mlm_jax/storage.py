@@ -89,8 +89,12 @@ def write_text(path: Place, text: str) -> None:
     if not isinstance(path, Path):
         path.write_text(text)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the end of the machine may leave the new name of an empty file
     partial.replace(path)
 
 
@@ -98,7 +102,8 @@ def check_writable(folder: epath.Path) -> None:
     """Writes a file into a folder of a bucket and takes it away again.
 
     Raises:
-      InputError: the bucket is not there, cannot be reached or does not let this be done; after at most `WAIT_S` seconds.
+      InputError: the bucket is not there, or does not let this be done.
+      NotReached: it cannot be reached, after at most `WAIT_S` seconds; that may pass.
     """
     import fsspec.asyn
 
@@ -111,8 +116,10 @@ def check_writable(folder: epath.Path) -> None:
     except FileNotFoundError as e:
         raise InputError("--out", str(folder), "there is no such bucket", remedy) from e
     except fsspec.asyn.FSTimeoutError as e:
-        raise InputError("--out", str(folder), f"does not answer within {WAIT_S:g} s", remedy) from e
+        raise NotReached(f"{folder} cannot be reached: no answer within {WAIT_S:g} s") from e
     except Exception as e:  # whatever the library raised
+        if isinstance(e, ConnectionError) or type(e).__module__.startswith("aiohttp.") or getattr(e, "code", 0) in (429, *range(500, 600)):
+            raise NotReached(f"{folder} cannot be reached: {first_line(e)}") from e
         raise InputError("--out", str(folder), f"cannot be written to ({first_line(e)})", remedy) from e
 
 

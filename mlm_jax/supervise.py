@@ -21,13 +21,18 @@ LONGEST_WAIT_S = 60.0
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl; a row is far shorter
 
 
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # of a log on a full disk
+        print(f"mlm-jax: {line}", file=sys.stderr, flush=True)
+
+
 def run(
     argv: Sequence[str],
     progress: Callable[[], int],
     *,
     command: Sequence[str] = COMMAND,
     tries: int = TRIES,
-    say: Callable[[str], None] = lambda line: print(f"mlm-jax: {line}", file=sys.stderr, flush=True),
+    say: Callable[[str], None] = _say,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> int:

@@ -310,6 +310,8 @@ def train(
                 also = "".join(f"; of the averaged weights {x:.4f}" for x in averaged)
                 say(f"step {step}: validation loss {loss:.4f} nats/token, {loss * bits_per_nat:.4f} bits/byte{also}")
             if save:
+                if recorder:
+                    recorder.flush()
                 before_save()
                 checkpoints.save(step, state.params, progress(state), val_loss=loss)
                 save_s = clock.lap("saving")
@@ -323,6 +325,8 @@ def train(
             recorder.write({"step": c.steps, "goodput": round(found.share, 6)})
             say(f"goodput {found}")
         say(f"trained {c.steps - done} steps in {clock}" + (f"; {n_skipped} of {c.steps} steps were skipped" if n_skipped else ""))
+        if distributed.any_of(requests.asked):  # in the last step, or after it
+            raise Stopped(c.steps)
     return state
 
 

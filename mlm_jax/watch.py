@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -62,7 +63,7 @@ class Watchdog:
         end: Callable[[int], object] = _end,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit_s` is how long a step may take; 0: 20 times the median of recent steps, at least 600 s."""
+        """`limit_s` is how long a step may take; 0: 20 times the median of recent steps, at least 600 s, and the first as long as it takes."""
         self._asked_limit_s, self._say, self._end, self._clock = limit_s, say, end, clock
         self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds
         self._since = clock()  # when the last step was finished, or the first after that begun
@@ -104,21 +105,27 @@ class Watchdog:
     @property
     def limit_s(self) -> float:
         """How long a step may take now."""
-        return self._asked_limit_s or max(LEAST_LIMIT_S, LIMIT_IN_STEPS * statistics.median(self._recent or [0.0]))
+        if self._asked_limit_s or not self._recent:
+            return self._asked_limit_s or math.inf
+        return max(LEAST_LIMIT_S, LIMIT_IN_STEPS * statistics.median(self._recent))
 
     def check(self) -> None:
         """Ends the process where the step takes too long."""
+        under_way = self._begun != self._finished  # looked at first: a step that begins now has its time from now on
         took, limit_s = self._clock() - self._since, self.limit_s
         gone = self._others is not None and took > SILENCE_S and self._others.gone()
-        slow = took > limit_s and self._begun != self._finished
+        slow = under_way and took > limit_s
         if not slow and not gone:
             return
         here, for_s = Position(0, self._finished, self._begun), SILENCE_S if gone else min(SILENCE_S, took / 2)
         who = f"; {self._others.words(here, for_s)}" if self._others else ""
-        faulthandler.dump_traceback(2, all_threads=True)
-        limit = f"the limit is {limit_s:.0f} s" if slow else "another process is gone"
-        self._say(f"no step was finished for {took:.0f} s after step {self._finished} ({limit}){who}; the same command goes on from the last save")
-        self._end(status.LOST)
+        limit = f"the limit is {limit_s:.0f} s, train.step_timeout sets another" if slow else "another process is gone"
+        try:
+            faulthandler.dump_traceback(2, all_threads=True)
+            what = f"no step was finished for {took:.0f} s after step {self._finished} ({limit}){who}"
+            self._say(f"{what}; the same command goes on from the last save")
+        finally:  # also where nothing can be written to stderr
+            self._end(status.LOST)
 
     def _watch(self) -> None:
         while not self._over.wait(self._every_s):

@@ -296,6 +296,19 @@ def test_a_save_that_the_system_refuses_says_its_reason_alone(tmp_path):
         assert str(refused) == f"checkpoint 5 could not be written to {tmp_path}: No space left on device; those before it are as they were"
 
 
+def test_a_whole_checkpoint_that_cannot_be_read_is_not_called_damaged(copied, monkeypatch):
+    before = contents(copied)
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("the disk does not answer")
+
+    for name in ("load_checkpointables", "checkpointables_metadata"):
+        with monkeypatch.context() as patch, pytest.raises(checkpoint.NotRestored, match=r"the disk does not answer; its files are whole$"):
+            patch.setattr(checkpoint.ocp, name, fail)
+            checkpoint.restore(copied / "10", wanted(tree()))
+    assert contents(copied) == before
+
+
 def test_arrays_of_another_type_are_named(saved):
     other = wanted(tree())
     other["w_token_VD"] = jax.ShapeDtypeStruct((24, 32), jnp.bfloat16, sharding=other["w_token_VD"].sharding)

@@ -81,6 +81,18 @@ def test_tensorboard_has_every_number_once_over_a_restart(tmp_path):
     assert scalars(tmp_path) == {"train/loss": losses, "validation/val_loss": {6: 2.5}, "machine/step_s": {1: 0.5, 2: 0.5, 3: 0.5}}
 
 
+def test_what_was_flushed_is_in_the_files_of_a_process_that_is_killed(tmp_path):
+    recorder = metrics.Recorder(tmp_path, Config(name="test"), resume_at=0)
+    for step in range(1, 21):
+        recorder.write({"step": step, "loss": 1.0})
+    recorder.flush()
+    assert (
+        len(scalars(tmp_path / "tensorboard")["train/loss"]) == len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 20
+    )  # nothing is closed yet
+    with recorder:
+        pass
+
+
 FULL = """
 import resource, sys
 from pathlib import Path

@@ -107,7 +107,13 @@ PROVOKED = {
     "A second one": ["test_stopping.py::test_a_second_signal_ends_the_process_at_once_also_while_it_waits_for_the_devices"],
     "The disk is full at a save": ["test_runs.py::test_a_run_on_a_full_disk_says_so_and_with_space_again_ends_as_an_undisturbed_one"],
     "The disk is full at another file": ["test_runs.py::test_a_run_on_a_full_disk_says_so_and_with_space_again_ends_as_an_undisturbed_one"],
-    "A bucket is not there at the start": ["test_runs_gcs.py::test_a_bucket_that_cannot_be_used_at_the_start_is_refused_in_one_line"],
+    "A bucket is not there, or may not be written to, at the start": [
+        "test_runs_gcs.py::test_a_bucket_that_is_not_there_or_may_not_be_written_to_is_refused_in_one_line"
+    ],
+    "A bucket cannot be reached at the start": [
+        "test_runs_gcs.py::test_a_bucket_that_does_not_answer_ends_the_start_with_status_1_as_it_may_later",
+        "test_runs_gcs.py::test_a_bucket_that_refuses_connections_ends_the_start_within_a_minute",
+    ],
     "A bucket vanishes in mid-run": [
         "test_runs_gcs.py::test_a_bucket_that_vanishes_before_the_rows_are_sent_ends_the_run_which_goes_on_when_it_is_back",
         "test_runs_gcs.py::test_a_bucket_that_vanishes_during_a_save_ends_the_run_which_goes_on_when_it_is_back",

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlm_jax import checkpoint, cli, experiment, huggingface, runs, sharding, weights
+from mlm_jax import checkpoint, cli, experiment, huggingface, runs, sharding, storage, weights
 from mlm_jax.config import InputError, MeshConfig, ModelConfig, from_json
 from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.history import read_history
@@ -519,14 +519,14 @@ def test_the_code_of_a_run_is_the_installed_commit_or_nothing(monkeypatch, tmp_p
 
 
 def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    runs.write_text(tmp_path / "new/file.txt", "first")
+    storage.write_text(tmp_path / "new/file.txt", "first")
 
     def fail(self, target):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="full"):
-        runs.write_text(tmp_path / "new/file.txt", "second")
+        storage.write_text(tmp_path / "new/file.txt", "second")
     assert (tmp_path / "new/file.txt").read_text() == "first"
 
 

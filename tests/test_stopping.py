@@ -54,6 +54,27 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on_from_th
     assert curve(tmp_path / "run") == curve(tiny_run.folder)
 
 
+def test_a_signal_in_the_last_step_ends_the_run_before_it_evaluates(tiny_run, tmp_path, monkeypatch, capfd):
+    heard, said = threading.Event(), stopping._say
+    monkeypatch.setattr(stopping, "_say", lambda line: (said(line), heard.set()))
+
+    class Annotation(contextlib.nullcontext):
+        def __init__(self, name, step_num):
+            super().__init__()
+            if step_num == 20:
+                signal.raise_signal(signal.SIGTERM)
+                assert heard.wait(60)
+
+    argv = ["run", str(tiny_run.experiment), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.profiler, "StepTraceAnnotation", Annotation)
+        assert cli.main(argv) == status.STOPPED
+    assert "mlm-jax: stopped as asked, step 20 is saved" in capfd.readouterr().err
+    assert checkpoint.steps_in(tmp_path / "run/checkpoints") == [15, 20] and not (tmp_path / "run/evaluation.json").exists()
+    assert cli.main(argv) == status.DONE
+    assert "going on" not in capfd.readouterr().err and (tmp_path / "run/evaluation.json").exists()
+
+
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_second_signal_ends_the_process_at_once_also_while_it_waits_for_the_devices(number):
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

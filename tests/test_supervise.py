@@ -1,6 +1,8 @@
 """A run that is started again, with small stand-ins for it."""
 
+import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -228,6 +230,15 @@ def test_progress_is_the_newest_step_with_figures_or_a_checkpoint(tmp_path):
     assert supervise.newest_step(tmp_path) == 20
     rows.write_text("".join(f'{{"step": {i}, "loss": 3.0}}\n' for i in range(50_000)))  # of which the end is read alone
     assert supervise.newest_step(tmp_path) == 49_999
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_supervisor(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    supervise._say("the run ended with status 1")
 
 
 def test_supervising_imports_nothing_heavy():
