@@ -1,5 +1,6 @@
 """What the README shows is run as it stands, with fewer steps and a smaller model."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -138,10 +139,15 @@ def test_each_failure_of_the_table_is_provoked_by_a_test_that_looks_for_its_word
     _, *rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+) \|$", table, re.MULTILINE)
     assert [what for what, _, _ in rows] == list(PROVOKED)
     for what, _, words in rows:
-        files = {file: (ROOT / "tests" / file).read_text("utf-8") for file, _ in (place.split("::") for place in PROVOKED[what])}
-        for place in PROVOKED[what]:
-            file, name = place.split("::")
-            assert f"\ndef {name}(" in files[file], place
+        sources = [source_of(*place.split("::")) for place in PROVOKED[what]]
+        plain = re.sub(r"\\(.)", r"\1", "".join(sources))  # patterns escape
         for fragment in re.findall("`([^`]+)`", words):
-            plain = re.sub(r"\\\\?(.)", r"\1", "".join(files.values()))  # patterns escape
-            assert fragment in plain, f"{fragment!r} is not in {', '.join(files)}"
+            assert fragment in plain, f"{fragment!r} is not in {', '.join(PROVOKED[what])}"
+
+
+def source_of(file: str, name: str) -> str:
+    """The text of a test, with what it is parametrized with."""
+    text = (ROOT / "tests" / file).read_text("utf-8")
+    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return "\n".join(text.splitlines()[first - 1 : found.end_lineno])
