@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlm_jax import distributed, storage
+from mlm_jax import distributed, lock, storage
 from mlm_jax.config import InputError
 from mlm_jax.storage import Place
 
@@ -18,6 +18,7 @@ ENDED = ("evaluation.json", "samples.txt", "hf")
 SHOWN = ("report.html", "loss.png")
 
 _HOME = ".home"  # of a directory with copies: where the run lives
+_OWNER = ".owner"  # of a run in a bucket: which process has begun to train it last
 _FETCHED = ("run.json", "code", "tokenizer", "evaluation.json", "samples.txt", "wandb_id", "metrics.jsonl", "config.json", "history.jsonl")
 
 
@@ -62,6 +63,28 @@ def claim(folder: Path, home: Place) -> None:
     if not isinstance(home, Path):
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(folder / _HOME, f"{home}\n")
+
+
+def take(home: Place) -> str:
+    """Notes in the bucket that from now on this process makes the run; returns the note, for `check_taken`. Raises NotReached where that fails."""
+    note = lock.here()
+    if not isinstance(home, Path):
+        storage.write_text(home / _OWNER, note)
+    return note
+
+
+def check_taken(home: Place, note: str) -> None:
+    """Sees to it that no other process has taken the run over since: whoever began last goes on alone.
+
+    Raises:
+      InputError: another one has.
+      NotReached: the bucket could not be read.
+    """
+    if isinstance(home, Path):
+        return
+    there = storage.read_text(home / _OWNER)
+    if there != note:
+        raise InputError("--out", str(home), f"taken over by {lock.words(there)}", "Let one machine at a time use it")
 
 
 def send(folder: Path, home: Place, names: Sequence[str]) -> None:

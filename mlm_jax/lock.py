@@ -62,7 +62,7 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
         except FileNotFoundError:
             pass
         except BlockingIOError:
-            owner = _owner(file)
+            owner = words(os.pread(file, 4096, 0))
             os.close(file)
             remedy = "Wait for it, stop it, or name another directory with --out"
             raise InputError("--out", str(path.parent), f"in use by {owner}", remedy) from None
@@ -73,20 +73,24 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
             say(f"note: the file system of {path.parent} has no locks; see to it that no other run uses this directory")
             break
         os.close(file)  # who held it has just taken it away
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     try:
         os.ftruncate(file, 0)
-        os.write(file, json.dumps(owner).encode() + b"\n")
+        os.write(file, here().encode())
     except OSError as e:
         os.close(file)
         raise OSError(e.errno, e.strerror, str(path)) from e
     return file
 
 
-def _owner(file: int) -> str:
-    """Who holds the lock, in words."""
+def here() -> str:
+    """This process, at this time, as one line of JSON."""
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}) + "\n"
+
+
+def words(owner: str | bytes) -> str:
+    """A line of `here`, in words."""
     try:
-        owner = json.loads(os.pread(file, 4096, 0))
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        said = json.loads(owner)
+        return f"process {said['pid']} on {said['host']} since {said['since']}"
     except (ValueError, TypeError, KeyError):  # it has not written yet
         return "another process"

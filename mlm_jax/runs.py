@@ -223,13 +223,18 @@ class Run:
         """Trains up to the last step, from the newest checkpoint on. `profile` is FIRST:LAST, `wandb` a project of Weights & Biases.
 
         Raises:
-          InputError: `profile` names no steps that are still to come.
+          InputError: `profile` names no steps that are still to come, or another machine has taken over the run in the bucket.
         """
         traced, newest = self._traced(profile), checkpoint.newest_whole(self.home / "checkpoints", say=self.say)
         if newest is None or newest < self.config.train.steps:
             model = self.experiment.build(self.config.model)
             origin = self.origin and storage.place(self.origin.run) / "checkpoints" / str(self.origin.step)
-            send_rows = functools.partial(self._send, copies.ROWS)
+            note = distributed.together(lambda: copies.take(self.home) if distributed.leads() else "")
+
+            def send_rows() -> None:
+                distributed.together(lambda: copies.check_taken(self.home, note) if distributed.leads() else None)
+                self._send(copies.ROWS)
+
             try:
                 training.train(
                     self.config,

@@ -87,7 +87,8 @@ def move(folder: Place, new: Place) -> None:
 def write_text(path: Place, text: str) -> None:
     """Writes a file whole or not at all."""
     if not isinstance(path, Path):
-        path.write_text(text)
+        with _reached(path):
+            path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -96,6 +97,14 @@ def write_text(path: Place, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())  # else the end of the machine may leave the new name of an empty file
     partial.replace(path)
+
+
+def read_text(path: Place) -> str:
+    """The text of a file. Raises NotReached where it is in a bucket that cannot be read."""
+    if isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    with _reached(path):
+        return path.read_text(encoding="utf-8")
 
 
 def check_writable(folder: epath.Path) -> None:

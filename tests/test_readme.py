@@ -94,6 +94,7 @@ PROVOKED = {
     "A field or an argument is wrong": ["test_config.py::test_each_invalid_value_is_answered_with_its_remedy"],
     "The directory holds a run of another model or other data": ["test_cli.py::test_a_run_of_another_configuration_names_the_differing_fields"],
     "Another process uses the directory": ["test_lock.py::test_a_second_run_in_the_directory_is_refused_with_the_owner_named"],
+    "Another machine has taken over the run in a bucket": ["test_runs_gcs.py::test_of_two_machines_the_one_that_began_last_goes_on"],
     "The directory cannot be written to": ["test_lock.py::test_a_directory_that_cannot_be_written_to_is_refused"],
     "A token shard is damaged": ["data/test_tokens.py::test_a_damaged_shard_is_named_with_its_sizes"],
     "The newest checkpoint is damaged; one before it is whole": [

@@ -303,6 +303,33 @@ def test_a_bucket_that_refuses_connections_ends_the_start_within_a_minute(refere
         running.answer = lambda method, name: None
 
 
+# The run is taken over, as by another machine, when the row of step 7 is written.
+TAKEN = """
+import json
+from mlm_jax import storage
+from mlm_jax.metrics import MetricsFile
+plain = MetricsFile.write
+def write(self, row):
+    plain(self, row)
+    if row["step"] == 7 and "loss" in row:
+        storage.write_text(storage.place("{url}/.owner"), json.dumps({{"host": "another", "pid": 12, "since": "2026-01-01"}}))
+MetricsFile.write = write
+"""
+
+
+def test_of_two_machines_the_one_that_began_last_goes_on(reference, server, tmp_path):
+    url = "gs://bucket/runs/taken"
+    (ended,) = run_processes(
+        tmp_path / "first", ["run", str(reference.experiment), "--out", url], 1, DEVICES, code={0: on(tmp_path / "a") + TAKEN.format(url=url)}
+    )
+    line = f"mlm-jax: --out = {url}: taken over by process 12 on another since 2026-01-01. Let one machine at a time use it."
+    assert (ended.status, ended.stderr.splitlines()[-1]) == (2, line)
+    assert checkpoint.steps_in(f"{url}/checkpoints") == [5] and [row["step"] for row in rows_of(url) if "loss" in row] == [1, 2, 3, 4, 5]
+    again = run_on(tmp_path / "b", reference.experiment, url)
+    assert again.status == 0 and "going on from step 5" in again.stderr
+    check_same_run(url, reference.folder)
+
+
 def test_two_processes_with_directories_of_their_own_make_the_same_run(reference, server, tmp_path):
     url, tokens = "gs://bucket/runs/two", reference.folder / "tokens"
     argv = ["run", str(reference.experiment), "--out", url, "--set", f"data.tokens={tokens}"]
