@@ -435,6 +435,7 @@ def test_help_of_chat_shows_its_own_defaults(capsys):
     assert "half the context at most (default 200)" in said and "0 is greedy (default 0.8)" in said and "(default 'User')" in said
 
 
+@pytest.mark.slow
 def test_a_conversation_with_a_small_context_needs_no_flags(tiny_run):
     done = subprocess.run(
         [sys.executable, "-m", "mlm_jax.cli", "chat", str(tiny_run.folder), "--user", "a", "--assistant", "the"],

@@ -81,6 +81,7 @@ print(found.programs, found.programs_from_cache, found.compile_s > 0)
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_takes_every_program_from_the_first_ones_cache(tmp_path):
     environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
 

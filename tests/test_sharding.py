@@ -65,7 +65,8 @@ def test_eight_devices_train_as_one_does(one_device, sizes):
 ALL_AT_ONCE = {"model": {"remat": "full"}, "train": {"micro_batches": 2, "loss_chunks": 4}}
 
 
-@pytest.mark.parametrize("saving", [{"model": {}, "train": {}}, pytest.param(ALL_AT_ONCE, marks=pytest.mark.slow)], ids=["plain", "saving memory"])
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", [{"model": {}, "train": {}}, ALL_AT_ONCE], ids=["plain", "saving memory"])
 def test_a_vocabulary_padded_for_the_mesh_trains_as_the_bare_one_on_one_device(saving):
     bare = override(CONFIG, {"vocab_size": 61})
     losses, params = curve(MeshConfig(), 1, model_config=bare)

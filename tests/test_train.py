@@ -165,6 +165,7 @@ def test_a_growing_batch_that_the_mesh_does_not_divide_at_its_start_is_refused(t
         run(override(CONFIG, RAMP | {"train.ramp_from": 2}), tokens, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_batch_that_grows_to_the_last_step_trains(tokens, tmp_path):
     _, rows = run(override(CONFIG, RAMP | {"train.steps": 3, "train.ramp_from": 8, "train.ramp_steps": 3}), tokens, tmp_path)
     assert [row["batch_size"] for row in rows if "loss" in row] == [8, 8, 8]

@@ -103,10 +103,11 @@ def test_sliding_is_the_same_whatever_the_batch(model, params):
     assert together == [row for prompt in PROMPTS for row in run(model, params, [prompt], max_tokens=100, overflow="window", eot_id=-1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"vocab_multiple": 128}, marks=pytest.mark.slow),
+        {"vocab_multiple": 128},
         {"position": "rotary", "n_kv_heads": 1, "qk_norm": True, "vocab_multiple": 128},
     ],
 )

@@ -37,7 +37,8 @@ def test_a_draft_that_is_the_model_itself_is_always_right(model, params):
     assert [len(text) for text, _ in texts] == [25] * 3
 
 
-@pytest.mark.parametrize("wide", ["model", pytest.param("draft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", ["model", "draft"])
 def test_a_padded_vocabulary_beside_one_that_is_not_changes_nothing(model, params, draft_params, wide, padded):
     def texts(side, small, **settings):
         return [text.tolist() for text, _ in speculative(*side, *small, PROMPTS, SampleConfig(max_tokens=12, **settings), 256)[0]]
