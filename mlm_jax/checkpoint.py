@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,9 +131,9 @@ class Checkpoints:
             raise self._not_saved(step, e) from e
 
     def _not_saved(self, step: int, reason: Exception) -> NotSaved:
-        # What the system said comes late in a long line of TensorStore's.
-        said = re.search(r""": ([^:"\[]+) \[(os_error_code|tensorstore_spec)=""", str(reason))
-        words = said[1] if said else storage.first_line(reason)
+        # What the system said comes late in a long line of TensorStore's, and after a number in Python's.
+        said = re.search(r""": ([^:"\[]+) \[(?:os_error_code|tensorstore_spec)=|^\[Errno \d+\] ([^:\n]+)""", str(reason))
+        words = said[1] or said[2] if said else storage.first_line(reason)
         return NotSaved(f"checkpoint {step} could not be written to {self.folder}: {words}; those before it are as they were")
 
 
@@ -163,7 +164,8 @@ def _layout() -> ocp.Context:
     Orbax's own choice gathers the arrays of a process in one store, whose files it holds in memory until the last: a save of GPT-2 1558M
     took 1.9 times its weights, and this takes 1.05 times. Compression saved an eighth of the bytes of float32 weights in three times the time.
     """
-    logging.getLogger("absl").addFilter(_is_news)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt, saving.use_compression, saving.storage_options.chunk_byte_size = False, False, CHUNK_BYTES
@@ -172,10 +174,11 @@ def _layout() -> ocp.Context:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False of what Orbax logs of errors that it raises too, in each thread that they pass, with all their tracebacks; and of its warning that
-    nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
+    """False of what Orbax logs of errors that it raises too, in each thread that they pass, with all their tracebacks, and of what asyncio says of
+    those that nobody waited for; and of Orbax's warning that nothing is left to do for a checkpoint that `_layout` keeps out of such stores."""
     skipped = str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT checkpoints")
-    return not skipped and not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+    said = record.pathname + record.getMessage() + ("".join(traceback.format_exception(*record.exc_info)) if record.exc_info else "")
+    return not skipped and not (record.levelno >= logging.ERROR and "orbax" in said)
 
 
 def restore(folder: str | os.PathLike[str], params: Any, progress: Any | None = None) -> tuple[Any, Any]:

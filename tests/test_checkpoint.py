@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh; damage is found before anything is read, and named."""
 
 import json
+import logging
 import re
 import shutil
 import time
@@ -290,9 +291,11 @@ def test_files_that_cannot_be_read_are_no_damage(copied, monkeypatch):
 
 def test_a_save_that_the_system_refuses_says_its_reason_alone(tmp_path):
     said = """RESOURCE_EXHAUSTED: Error writing "a": Failed writing: "a.__lock": Failed to write 438 bytes to file 39: No space left on device"""
-    for end in ("[os_error_code='28'] [tensorstore_spec='{}']", "[tensorstore_spec='{}'] [os_error_code='28']"):
+    ends = ("[os_error_code='28'] [tensorstore_spec='{}']", "[tensorstore_spec='{}'] [os_error_code='28']")
+    errors = [ValueError(f"{said} {end}") for end in ends] + [OSError(28, "No space left on device"), OSError(28, "No space left on device", "a")]
+    for error in errors:
         with checkpoint.Checkpoints(tmp_path) as checkpoints:
-            refused = checkpoints._not_saved(5, ValueError(f"{said} {end}"))
+            refused = checkpoints._not_saved(5, error)
         assert str(refused) == f"checkpoint 5 could not be written to {tmp_path}: No space left on device; those before it are as they were"
 
 
@@ -307,6 +310,21 @@ def test_a_whole_checkpoint_that_cannot_be_read_is_not_called_damaged(copied, mo
             patch.setattr(checkpoint.ocp, name, fail)
             checkpoint.restore(copied / "10", wanted(tree()))
     assert contents(copied) == before
+
+
+def test_what_orbax_logs_of_errors_that_it_raises_is_not_shown_and_other_errors_are():
+    def shown(message, path="/lib/asyncio/base_events.py", level=logging.ERROR, error=None):
+        info = (type(error), error, error.__traceback__) if error else None
+        return checkpoint._is_news(logging.LogRecord("asyncio", level, path, 1, message, (), info))
+
+    try:
+        checkpoint.ocp.load_checkpointables("/nowhere")
+    except Exception as e:
+        of_orbax = e
+    assert not shown("Future exception was never retrieved", error=of_orbax)
+    assert not shown("a thread failed", path="/lib/orbax/checkpoint/futures.py")
+    assert shown("Future exception was never retrieved", error=ValueError("of another"))
+    assert shown("a warning", path="/lib/orbax/checkpoint/futures.py", level=logging.WARNING)
 
 
 def test_arrays_of_another_type_are_named(saved):
