@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_jax.metrics import duration, named, read_rows
+from mlm_jax import storage
+from mlm_jax.metrics import duration, read_rows
 
 
 class History:
@@ -30,7 +31,7 @@ class History:
 
     def _write(self, row: dict[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with named(self._path), self._path.open("a", encoding="utf-8") as file:
+        with storage.named(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": at, **row}) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mlm_jax import storage
 from mlm_jax.config import InputError
 
 NAME = ".lock"  # who holds it stands in the file, which is there as long as the run, and after a kill
@@ -74,11 +75,12 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
             break
         os.close(file)  # who held it has just taken it away
     try:
-        os.ftruncate(file, 0)
-        os.write(file, here().encode())
-    except OSError as e:
+        with storage.named(path):
+            os.ftruncate(file, 0)
+            os.write(file, here().encode())
+    except OSError:
         os.close(file)
-        raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
     return file
 
 

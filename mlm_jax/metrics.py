@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,6 @@ def flops_per_token(config: ModelConfig, n_params: int) -> float:
     return 6 * n_params + 12 * config.n_layers * config.context_len * config.d_model
 
 
-@contextlib.contextmanager
-def named(path: str | Path) -> Iterator[None]:
-    """An OSError inside says that it is of `path`."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from e
-
-
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also over restarts. A number that is not finite, which JSON has not, is null."""
 
@@ -94,18 +85,18 @@ class MetricsFile:
         found = read_metrics(path) if path.exists() else []
         rows = [row for row in found if row["step"] <= resume_at]
         self.lost_s = float(sum(row.get("step_s", 0) for row in found if row["step"] > resume_at))
-        with named(path):
+        with storage.named(path):
             storage.write_text(path, "".join(map(self._line, rows)))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, which a kill of the process leaves in the file."""
-        with named(self._file.name):
+        with storage.named(self._file.name):
             self._file.write(self._line(row))
 
     def flush(self) -> None:
         """Sees to it that what was written survives the end of the machine."""
-        with named(self._file.name):
+        with storage.named(self._file.name):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -115,7 +106,7 @@ class MetricsFile:
         return json.dumps(finite, allow_nan=False) + "\n"
 
     def close(self) -> None:
-        with named(self._file.name):
+        with storage.named(self._file.name):
             self._file.close()
 
 
@@ -140,19 +131,19 @@ class TensorBoard:
             if name != "step" and isinstance(value, int | float):
                 group = "machine" if name in MEASURED else "validation" if name.startswith("val_") else "train"
                 values.append(Summary.Value(tag=f"{group}/{name}", simple_value=value))
-        with named(self._folder):
+        with storage.named(self._folder):
             self._file.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
         """Puts on disk what was written: a kill leaves it in the file."""
-        with named(self._folder):
+        with storage.named(self._folder):
             self._file.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with named(self._folder):
+        with storage.named(self._folder):
             self._file.close()
 
 

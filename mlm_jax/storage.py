@@ -99,6 +99,15 @@ def write_text(path: Place, text: str) -> None:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """An OSError inside says that it is of `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
 def read_text(path: Place) -> str:
     """The text of a file. Raises NotReached where it is in a bucket that cannot be read."""
     if isinstance(path, Path):

@@ -29,7 +29,7 @@ class Position(NamedTuple):
 
     said: int  # so many times; it grows as long as the process lives
     finished: int  # the last step that it has finished
-    begun: int  # the last step that it has handed to its devices
+    begun: int  # the last step that it has turned to
     left: bool = False  # it watches no longer
 
     def packed(self) -> str:
