@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ OPTIMIZERS = {  # name -> the fields of OptimConfig that it reads and not all do
     "lion": ("b1", "b2"),
     "muon": ("b1", "b2", "eps", "muon_momentum"),
 }
+FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+PII_KINDS = ("email", "ip", "phone", "card", "id")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 SEEDS = 2**32  # as many as jax.random.key tells apart without 64-bit types: beyond it drops the higher bits
 
@@ -60,10 +63,11 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if typing.get_origin(kind) is tuple:  # of any length; a list where JSON has no tuple
         one, _ = typing.get_args(kind)
         if not isinstance(value, tuple | list):
-            raise InputError(
-                path, repr(value), f"expected a sequence of {one.__name__}", f"Write, for example, {path}=({'0' if one is int else repr('text')},)"
-            )
+            example = "{'source': 'a.txt'}" if dataclasses.is_dataclass(one) else "0" if one is int else repr("text")
+            raise InputError(path, repr(value), f"expected a sequence of {one.__name__}", f"Write, for example, {path}=({example},)")
         return tuple(_typed(one, item, path) for item in value)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):  # one in a sequence, as JSON and the command line write it
+        return _build(kind, value, f"{path}.")
     if type(value) is not kind:
         reason = "a single value, it has no fields" if isinstance(value, Mapping) else f"expected {kind.__name__}, got {type(value).__name__}"
         raise InputError(path, repr(value), reason, f"Write a value of type {kind.__name__}")
@@ -186,22 +190,135 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+class SourceConfig:
+    """One source of text, and which of its parts are documents."""
 
-    source: str = "python-docs"  # python-docs (the documentation inside every Python), tfds:NAME, a file or a folder
-    text_field: str = "text"  # the field of a JSON line or TFDS example that holds the document
-    tokenizer: str = "gpt2"  # gpt2, bpe (trained on the text), char, byte
-    bpe_vocab_size: int = 2048  # for tokenizer = bpe: tokens, the 256 bytes and <|endoftext|> included
-    val_fraction: float = 0.1  # held out for validation
-    tokens: str = ""  # folder of the token shards, shared by runs that name it; empty: tokens/ in the run directory
+    # python-docs (the documentation inside every Python); files: a file, a folder or a pattern such as web/*.jsonl.gz; tfds:NAME[/CONFIG] or
+    # tfds:FOLDER (TensorFlow Datasets); hf:NAME[/CONFIG] (Hugging Face, streamed); bin:FOLDER (token shards of llm.c or nanoGPT, as they are)
+    source: str = "python-docs"
+    split: str = "train"  # of tfds: and hf:
+    text_field: str = "text"  # the field, column or feature that holds the document; a.b is field b of field a
+    prompt_field: str = ""  # one whose text comes before the document and is not learned; empty: none
+    url_field: str = "url"  # one that holds the address of the document, where it has one
+    separator: str = ""  # what divides a text file into documents; empty: a file is one document
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
         _check(bool(self.source), "data.source", self.source, "empty", "Name a text file, a folder, tfds:NAME or python-docs")
+        _check(bool(self.text_field), "data.text_field", self.text_field, "empty", "Name the field that holds the text")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedSourceConfig(SourceConfig):
+    """One of several sources."""
+
+    name: str = ""  # of its shards and in the audit; empty: the last part of `source`
+    weight: float = 0.0  # its share of the rows, relative to those of the others; 0: as its number of tokens times `epochs`
+    epochs: float = 1.0  # how often it is read while a source of 1 is read once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, "data.mixture", weight=0, epochs=0)
+        _check(self.epochs > 0, "data.mixture.epochs", self.epochs, "never read", "Give a value above 0, or leave the source out")
+        _check(
+            all(c.isascii() and (c.isalnum() or c in "-") for c in self.name),
+            "data.mixture.name",
+            self.name,
+            "not usable in the name of a file",
+            "Use letters, digits and '-'",
+        )
+
+    @property
+    def label(self) -> str:
+        """`name`, or what is made of `source`."""
+        path = self.source if self.source.startswith(("tfds:", "hf:")) else self.source.rstrip("/").rpartition("/")[2].partition(".")[0]
+        words = re.findall("[A-Za-z0-9]+", path.partition(":")[2] or path)
+        return self.name or "-".join(words) or "source"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What is done to documents before they become tokens. Always: NFC, one kind of newline, no control characters, nothing empty."""
+
+    html: bool = False  # the text is a page of HTML, of which the main text is taken; .html and WARC files are, whatever this says
+    mojibake: bool = False  # mends text that was decoded as what it is not (ftfy)
+    languages: tuple[str, ...] = ()  # codes such as en, de; documents in others are dropped
+    language_threshold: float = 0.65  # how sure of the language one must be; Source: Penedo et al. 2024 (FineWeb), section 3.3
+    filters: tuple[str, ...] = ()  # gopher_repetition, gopher_quality (Rae et al. 2021), c4 (Raffel et al. 2020), fineweb (Penedo et al. 2024)
+    blocked_urls: str = ""  # a file of domains and addresses, one a line, whose documents are dropped
+    pii: str = "keep"  # personal data: keep, mask, or drop the document
+    pii_kinds: tuple[str, ...] = PII_KINDS
+    duplicates: str = "documents"  # keep; documents: exact copies go; paragraphs: also lines that stood before, in any document
+    min_paragraph: int = 40  # characters of a line from which on it is a paragraph, where duplicates = paragraphs
+    near_duplicates: bool = False  # MinHash (Broder 1997): of documents that share most of their word 5-grams one stays
+    minhash_buckets: int = 14  # documents are near where all hashes of one bucket agree; Source: Penedo et al. 2024, section 3.4
+    minhash_hashes: int = 8  # of a bucket: the chance to be found is 1 - (1 - similarity^hashes)^buckets
+    evaluation_sets: tuple[str, ...] = ()  # sources; a document that shares a run of words with a text field of theirs is dropped
+    overlap_words: int = 13  # the length of such a run; Source: Brown et al. 2020, appendix C
+
+    def __post_init__(self) -> None:
+        _check_types(self, "data.clean.")
+        _fraction(self, "data.clean", "language_threshold")
+        for name in self.filters:
+            one_of("data.clean.filters", name, FILTERS)
+        one_of("data.clean.pii", self.pii, ("keep", "mask", "drop"))
+        for name in self.pii_kinds:
+            one_of("data.clean.pii_kinds", name, PII_KINDS)
+        one_of("data.clean.duplicates", self.duplicates, ("keep", "documents", "paragraphs"))
+        _at_least(self, "data.clean", min_paragraph=1, minhash_buckets=1, minhash_hashes=1, overlap_words=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """Where the text comes from, how it is cleaned, becomes tokens and is cut into rows."""
+
+    mixture: tuple[MixedSourceConfig, ...] = ()  # several sources in place of the one that the fields above describe
+    clean: CleanConfig = CleanConfig()
+    tokenizer: str = "gpt2"  # gpt2, bpe (trained on the text), char, byte
+    bpe_vocab_size: int = 2048  # for tokenizer = bpe: tokens, the 256 bytes and <|endoftext|> included, special ones not
+    bpe_sample_mb: int = 200  # for tokenizer = bpe: how many megabytes of the training text it learns from, at most
+    special_tokens: tuple[str, ...] = ()  # more tokens that no text can produce, such as <|mask|>; their ids follow the others
+    val_fraction: float = 0.1  # held out for validation
+    tokens: str = ""  # folder of the token shards, also gs://..., shared by runs that name it; empty: tokens/ in the run directory
+    packing: str = "concat"  # rows are windows over: concat (documents end to end), first_fit (whole documents, as many as fit, and padding)
+    reset_attention: bool = False  # no token sees across the start of a document
+    reset_positions: bool = False  # positions count from the start of the document
+    workers: int = 0  # processes that clean and tokenise; 0: one for each core
+    executor: str = "local"  # where these run: local, ray or slurm (datatrove); with the last two `tokens` is on a disk that all machines share
+    slurm_partition: str = ""
+    slurm_time: str = "24:00:00"  # of one part of the work at most
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("data.tokenizer", self.tokenizer, ("gpt2", "bpe", "char", "byte"))
-        _at_least(self, "data", bpe_vocab_size=257)
+        _at_least(self, "data", bpe_vocab_size=257, bpe_sample_mb=1, workers=0)
         _fraction(self, "data", "val_fraction")
+        one_of("data.packing", self.packing, ("concat", "first_fit"))
+        one_of("data.executor", self.executor, ("local", "ray", "slurm"))
+        _check(self.executor != "slurm" or bool(self.slurm_partition), "data.slurm_partition", "", "Slurm needs one", "Name a partition")
+        for token in self.special_tokens:
+            _check(bool(token.strip()), "data.special_tokens", repr(token), "no token", "Write, for example, <|mask|>")
+        if self.mixture:
+            for field in dataclasses.fields(SourceConfig):
+                value = getattr(self, field.name)
+                _check(value == field.default, f"data.{field.name}", value, "data.mixture names the sources", "Set it for one of them, or leave it")
+            labels = [source.label for source in self.mixture]
+            twice = next((label for label in labels if labels.count(label) > 1), "")
+            _check(not twice, "data.mixture.name", twice, "two sources have it", "Give each a name of its own")
+
+    @property
+    def sources(self) -> tuple[MixedSourceConfig, ...]:
+        """All sources; one that is alone is without a name."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SourceConfig)}
+        return self.mixture or (MixedSourceConfig(**own),)
+
+    @property
+    def for_tokens(self) -> "DataConfig":
+        """This without what has no effect on the token shards."""
+        unused = ["tokens", "packing", "reset_attention", "reset_positions", "workers", "executor", "slurm_partition", "slurm_time"]
+        unused += ["bpe_vocab_size", "bpe_sample_mb"] * (self.tokenizer != "bpe")
+        mixture = tuple(dataclasses.replace(source, weight=0.0, epochs=1.0) for source in self.mixture)
+        return dataclasses.replace(self, mixture=mixture, **{name: getattr(DataConfig, name) for name in unused})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
