@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from mlm_jax import objectives, sharding
 from mlm_jax.config import TrainConfig
 from mlm_jax.data.batches import ValidationWindows, validation_windows
+from mlm_jax.data.shards import read_manifest
 from mlm_jax.data.tokenizer import Tokenizer
-from mlm_jax.data.tokens import Tokens, open_tokens, read_manifest
+from mlm_jax.data.tokens import Tokens, open_tokens
 
 XZ_BYTES = 64 << 20  # xz -9 looks back 64 MiB (its dictionary), and takes a minute for that much
 

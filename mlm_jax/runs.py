@@ -30,11 +30,13 @@ from mlm_jax import checkpoint, copies, distributed, evaluate, experiment, huggi
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, may_change, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
-from mlm_jax.data import tokens as token_shards
 from mlm_jax.data.batches import Batches, validation_windows
 from mlm_jax.data.clean import Audit, clean
+from mlm_jax.data.prepare import prepare as prepare_tokens
+from mlm_jax.data.shards import Manifest, read_manifest
 from mlm_jax.data.text import documents as documents_of
 from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.data.tokens import Tokens, open_tokens
 from mlm_jax.decode import text as text_generation
 from mlm_jax.experiment import Experiment
 from mlm_jax.model import gpt2
@@ -143,7 +145,7 @@ class Run:
         done = self._done()
         return observe.Profile.parse(profile, done + 1, self.config.train.steps) if profile else None
 
-    def prepare(self) -> token_shards.Manifest:
+    def prepare(self) -> Manifest:
         """Text to token shards; then the run's own files: configuration, provenance, tokenizer. Returns the manifest of the shards.
 
         Raises:
@@ -151,7 +153,7 @@ class Run:
         """
         new_folder, new_tokens = not self.folder.exists(), not self.tokens.exists()
         try:
-            distributed.together(lambda: token_shards.prepare(self.config.data, self.tokens) if distributed.leads() else None)
+            distributed.together(lambda: prepare_tokens(self.config.data, self.tokens) if distributed.leads() else None)
             manifest, tokenizer = distributed.together(self._read_tokens)
         except InputError:
             if distributed.leads():  # else the mended input would meet the shards of the bad one
@@ -177,9 +179,9 @@ class Run:
         observe.keep_compiled(self.folder / "compiled")
         return manifest
 
-    def _read_tokens(self) -> tuple[token_shards.Manifest, Tokenizer]:
+    def _read_tokens(self) -> tuple[Manifest, Tokenizer]:
         """The manifest and the tokenizer. Raises InputError where the tokens, or the prompt of the samples, do not fit the model."""
-        manifest = token_shards.read_manifest(self.tokens)
+        manifest = read_manifest(self.tokens)
         tokenizer = Tokenizer.load(self.tokens / "tokenizer")
         if self.origin and not _tokenizer_of(storage.place(self.origin.run)).same_as(tokenizer):
             remedy = "Use the same tokenizer, or data.tokens with shards of it"
@@ -189,8 +191,8 @@ class Run:
         if 0 < vocab_size < manifest.vocab_size:
             reason = f"smaller than the tokenizer's {manifest.vocab_size}"
             raise InputError("model.vocab_size", vocab_size, reason, "Set it to 0 to take the tokenizer's")
-        Batches(token_shards.open_tokens(self.tokens, "train"), context_len=T, batch_size=self.config.train.batch_size, seed=0)
-        validation_windows(token_shards.open_tokens(self.tokens, "val"), T)
+        Batches(open_tokens(self.tokens, "train"), context_len=T, batch_size=self.config.train.batch_size, seed=0)
+        validation_windows(open_tokens(self.tokens, "val"), T)
         c = self.config.sample
         n_prompt = len(tokenizer.encode(c.prompt)) if c.prompt else 1
         if c.overflow == "refuse" and n_prompt + c.max_tokens > T:
@@ -198,13 +200,13 @@ class Run:
             raise InputError("sample.max_tokens", c.max_tokens, f"with {n_prompt} prompt tokens more than model.context_len = {T}", remedy)
         return manifest, tokenizer
 
-    def _check_same_tokens(self, manifest: token_shards.Manifest) -> None:
+    def _check_same_tokens(self, manifest: Manifest) -> None:
         """Raises InputError where the run, in its bucket, has been trained on other tokens, as of a text that is another on this machine."""
         there = self.home / "tokens"
         if not storage.is_in_bucket(there) or not ((self.home / "config.json").exists() and (there / "manifest.json").exists()):
             return
         with _at_hand(self.home, ["tokens/manifest.json"]) as run:
-            if token_shards.read_manifest(run / "tokens").splits != manifest.splits:
+            if read_manifest(run / "tokens").sources != manifest.sources:
                 reason = f"gives other tokens here than the run in {self.home} has been trained on"
                 raise InputError("data.source", self.config.data.source, reason, "Copy those here, and name them with data.tokens")
 
@@ -274,8 +276,8 @@ class Run:
             self._send([path.name])
             return read_json(self.home / path.name)
         model, params, tokenizer = self.trained
-        split = token_shards.read_manifest(self.tokens).splits["val"]
-        tokens = token_shards.open_tokens(self.tokens, "val")
+        split = read_manifest(self.tokens).splits["val"]
+        tokens = open_tokens(self.tokens, "val")
         with jax.sharding.set_mesh(self.mesh):
             result = evaluate.measure(model, params, tokens, self.mesh, n_bytes=split.bytes, n_characters=split.characters)
         if distributed.leads():
@@ -332,7 +334,7 @@ class Run:
         if storage.is_in_bucket(self.home):
             distributed.together(lambda: copies.send(self.folder, self.home, names) if distributed.leads() else None)
 
-    def _send_tokens(self, manifest: token_shards.Manifest) -> None:
+    def _send_tokens(self, manifest: Manifest) -> None:
         """Copies the manifest and the validation split to the bucket, if the run lives in one: any machine can evaluate it then."""
         names = ["manifest.json", *(shard.file for shard in manifest.splits["val"].shards)]
         if storage.is_in_bucket(self.home):
@@ -559,7 +561,7 @@ def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, in
         if not documents:
             raise InputError("--text", text, "holds no text", "Name a file or folder of text")
         ids = [np.concatenate([[tokenizer.eot_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(documents)]
-        tokens = token_shards.Tokens([np.concatenate(ids)])
+        tokens = Tokens([np.concatenate(ids)])
         n_bytes, n_characters = sum(len(d.encode()) for d in documents), sum(map(len, documents))
     else:
         run, _ = _run_and_step(reference)
@@ -568,8 +570,8 @@ def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, in
         elsewhere = read_config(run).data.tokens if isinstance(run, Path) else ""  # a bucket has its own copy of this split
         with _at_hand(run, ["tokens"]) as folder:
             folder = Path(elsewhere) if elsewhere else folder / "tokens"
-            split = token_shards.read_manifest(folder).splits["val"]
-            tokens = token_shards.open_tokens(folder, "val")  # mapped, so it outlives the file's name
+            split = read_manifest(folder).splits["val"]
+            tokens = open_tokens(folder, "val")  # mapped, so it outlives the file's name
         n_bytes, n_characters = split.bytes, split.characters
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     return evaluate.measure(model, params, tokens, mesh, n_bytes=n_bytes, n_characters=n_characters)

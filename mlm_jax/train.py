@@ -18,7 +18,8 @@ from jaxtyping import Array, Int
 from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding, watch
 from mlm_jax.config import Config, TrainConfig
 from mlm_jax.data.batches import Batches, validation_windows
-from mlm_jax.data.tokens import open_tokens, read_manifest
+from mlm_jax.data.shards import read_manifest
+from mlm_jax.data.tokens import open_tokens
 from mlm_jax.evaluate import make_eval_step, mean_loss
 from mlm_jax.model import gpt2
 from mlm_jax.stopping import Requests, Stopped

@@ -92,7 +92,7 @@ def tiny_experiment(tmp_path: Path) -> Path:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of two thousand words, a token for each byte: do not write into them."""
     from mlm_jax.config import DataConfig
-    from mlm_jax.data.tokens import prepare
+    from mlm_jax.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tokens")
     words = np.random.default_rng(0).choice(["the ", "model ", "reads ", "a ", "text\n", "and ", "learns "], 2000)

@@ -12,8 +12,9 @@ import pytest
 from mlm_jax import evaluate, runs, sharding
 from mlm_jax.config import MeshConfig, ModelConfig
 from mlm_jax.data.batches import validation_windows
+from mlm_jax.data.shards import read_manifest
 from mlm_jax.data.tokenizer import byte_level
-from mlm_jax.data.tokens import Tokens, open_tokens, read_manifest
+from mlm_jax.data.tokens import Tokens, open_tokens
 from mlm_jax.model import gpt2
 
 CONFIG = ModelConfig(vocab_size=19, context_len=8, n_layers=1, n_heads=2, d_model=16, d_ff=32, init_std=0.5)

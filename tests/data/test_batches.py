@@ -4,6 +4,7 @@ import pytest
 from mlm_jax.config import DataConfig, InputError
 from mlm_jax.data import tokens
 from mlm_jax.data.batches import Batches, validation_windows
+from mlm_jax.data.prepare import prepare
 from mlm_jax.data.tokens import Tokens
 
 
@@ -14,7 +15,7 @@ def numbered(n: int, shard: int = 40) -> Tokens:
 
 def test_a_batch_is_a_pure_function_of_tokens_seed_and_step(tmp_path):
     (tmp_path / "a.txt").write_text("".join(chr(32 + i * i % 90) for i in range(3000)))
-    tokens.prepare(DataConfig(source=str(tmp_path / "a.txt"), tokenizer="byte"), tmp_path / "out", shard_tokens=700)
+    prepare(DataConfig(source=str(tmp_path / "a.txt"), tokenizer="byte"), tmp_path / "out", shard_tokens=700)
     first = Batches(tokens.open_tokens(tmp_path / "out", "train"), context_len=16, batch_size=5, seed=3)
     forwards = [first(step) for step in range(60)]
     again = Batches(tokens.open_tokens(tmp_path / "out", "train"), context_len=16, batch_size=5, seed=3)
