@@ -64,7 +64,7 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         one, _ = typing.get_args(kind)
         if not isinstance(value, tuple | list):
             example = "{'source': 'a.txt'}" if dataclasses.is_dataclass(one) else "0" if one is int else repr("text")
-            raise InputError(path, repr(value), f"expected a sequence of {one.__name__}", f"Write, for example, {path}=({example},)")
+            raise InputError(path, repr(value), f"expected a sequence of {getattr(one, '__name__', one)}", f"Write, for example, {path}=({example},)")
         return tuple(_typed(one, item, path) for item in value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):  # one in a sequence, as JSON and the command line write it
         return _build(kind, value, f"{path}.")
@@ -194,7 +194,7 @@ class SourceConfig:
     """One source of text, and which of its parts are documents."""
 
     # python-docs (the documentation inside every Python); files: a file, a folder or a pattern such as web/*.jsonl.gz; tfds:NAME[/CONFIG] or
-    # tfds:FOLDER (TensorFlow Datasets); hf:NAME[/CONFIG] (Hugging Face, streamed); bin:FOLDER (token shards of llm.c or nanoGPT, as they are)
+    # tfds:FOLDER (TensorFlow Datasets); hf:USER/NAME[/CONFIG] (Hugging Face, streamed); bin:FOLDER (token shards of llm.c or nanoGPT, as they are)
     source: str = "python-docs"
     split: str = "train"  # of tfds: and hf:
     text_field: str = "text"  # the field, column or feature that holds the document; a.b is field b of field a
@@ -215,6 +215,7 @@ class MixedSourceConfig(SourceConfig):
     name: str = ""  # of its shards and in the audit; empty: the last part of `source`
     weight: float = 0.0  # its share of the rows, relative to those of the others; 0: as its number of tokens times `epochs`
     epochs: float = 1.0  # how often it is read while a source of 1 is read once
+    filtered: bool = True  # False: without data.clean.filters, which are made for pages of the web
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,7 +254,9 @@ class CleanConfig:
     near_duplicates: bool = False  # MinHash (Broder 1997): of documents that share most of their word 5-grams one stays
     minhash_buckets: int = 14  # documents are near where all hashes of one bucket agree; Source: Penedo et al. 2024, section 3.4
     minhash_hashes: int = 8  # of a bucket: the chance to be found is 1 - (1 - similarity^hashes)^buckets
-    evaluation_sets: tuple[str, ...] = ()  # sources; a document that shares a run of words with a text field of theirs is dropped
+    evaluation_sets: tuple[
+        str, ...
+    ] = ()  # sources, of tfds: and hf: also NAME@SPLIT (test); a document that shares a run of words with a text field of theirs is dropped
     overlap_words: int = 13  # the length of such a run; Source: Brown et al. 2020, appendix C
 
     def __post_init__(self) -> None:
@@ -284,7 +287,7 @@ class DataConfig(SourceConfig):
     reset_attention: bool = False  # no token sees across the start of a document
     reset_positions: bool = False  # positions count from the start of the document
     workers: int = 0  # processes that clean and tokenise; 0: one for each core
-    executor: str = "local"  # where these run: local, ray or slurm (datatrove); with the last two `tokens` is on a disk that all machines share
+    executor: str = "local"  # where these run: local, ray or slurm; with the last two `tokens` is on a disk that all machines share
     slurm_partition: str = ""
     slurm_time: str = "24:00:00"  # of one part of the work at most
 
@@ -303,6 +306,10 @@ class DataConfig(SourceConfig):
                 value = getattr(self, field.name)
                 _check(value == field.default, f"data.{field.name}", value, "data.mixture names the sources", "Set it for one of them, or leave it")
             labels = [source.label for source in self.mixture]
+            without = [source.label for source in self.mixture if not source.weight]
+            if without and len(without) < len(self.mixture):
+                remedy = "Give each source a weight, or none (then data.mixture.epochs says how often it is read)"
+                raise InputError("data.mixture.weight", 0.0, f"{without[0]} has none, and others have", remedy)
             twice = next((label for label in labels if labels.count(label) > 1), "")
             _check(not twice, "data.mixture.name", twice, "two sources have it", "Give each a name of its own")
 

@@ -12,14 +12,25 @@ from mlm_jax import distributed, lock, storage
 from mlm_jax.config import InputError
 from mlm_jax.storage import Place
 
-PREPARED = ("run.json", "code", "tokenizer", "config.json")  # the last: a folder with a configuration is a run
+PREPARED = ("run.json", "code", "tokenizer", "audit.html", "config.json")  # the last: a folder with a configuration is a run
 ROWS = ("wandb_id", "metrics.jsonl", "history.jsonl")
 ENDED = ("evaluation.json", "samples.txt", "hf")
 SHOWN = ("report.html", "loss.png")
 
 _HOME = ".home"  # of a directory with copies: where the run lives
 _OWNER = ".owner"  # of a run in a bucket: which process has begun to train it last
-_FETCHED = ("run.json", "code", "tokenizer", "evaluation.json", "samples.txt", "wandb_id", "metrics.jsonl", "config.json", "history.jsonl")
+_FETCHED = (
+    "run.json",
+    "code",
+    "tokenizer",
+    "audit.html",
+    "evaluation.json",
+    "samples.txt",
+    "wandb_id",
+    "metrics.jsonl",
+    "config.json",
+    "history.jsonl",
+)
 
 
 def enter(folder: Path, home: Place, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:

@@ -50,9 +50,9 @@ def remember(recent: Recent, good: Bool[Array, ""], loss: Float[Array, ""], grad
     return Recent(figures, recent.skipped + ~good, jnp.where(good, 0, recent.in_row + 1))
 
 
-def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"]) -> str:
+def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"], documents: objectives.Documents | None = None) -> str:
     """The first array that is not finite, in words: a parameter, then the output of a part of the model in the order in which they are computed,
-    then the loss, then a gradient in the order of the backward pass; empty where all are finite.
+    then the loss, then a gradient in the order of the backward pass; empty where all are finite. `documents` is what the model is told of documents.
 
     It computes layer by layer and without dropout, outside of the compiled step.
     """
@@ -68,6 +68,7 @@ def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"])
         if bad(leaf):
             return f"the parameter {name(path)}"
     examples, unstacked = objectives.causal(jnp.asarray(tokens_BW)), model.clone(stacked=False)
+    told: dict[str, Any] = documents.call(examples.inputs_BT) if documents else {}
     c: Any = unstacked.config  # pyright: ignore[reportAttributeAccessIssue]  # a model has one
     called: list[tuple[str, Any]] = []
 
@@ -78,7 +79,7 @@ def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"])
         return out
 
     with gpt2.intercept(note):
-        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT)
+        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
     real_BTV = logits_BTV[..., : c.vocab_size]  # the padding of the vocabulary is -inf
     for part, out in called:
         if bad(real_BTV if part == "logits" else out):
@@ -88,7 +89,7 @@ def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"])
         return "the loss"
 
     def loss_of(flat: Any) -> Array:
-        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT)
+        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
         return objectives.cross_entropy(logits_BTV, examples.targets_BT).mean()
 
     gradients = [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss_of)(flat))]

@@ -20,8 +20,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that 
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Iterator[None]:
-    """Keeps every other process out of `folder`, which is made where it is missing, and taken away again where nothing was put into it.
+def hold(folder: Path, *, field: str = "--out", say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Iterator[None]:
+    """Keeps every other process out of `folder`; it is made where it is missing, and taken away again where nothing was put into it.
 
     The kernel lets the lock go with the process, however that ends. Where the file system has no locks, it says so and goes on.
 
@@ -32,14 +32,14 @@ def hold(folder: Path, *, say: Callable[[str], None] = lambda line: print(line, 
     path = folder / NAME
     try:
         new = not folder.exists()
-        file = _lock(path, say)
+        file = _lock(path, field, say)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         if folder.is_file():
-            raise InputError("--out", str(folder), "is a file", "Name a directory") from e
-        remedy = "Name a directory that can be written to with --out"
-        raise InputError("--out", str(folder), f"cannot be written to ({os.strerror(e.errno or 0)})", remedy) from e
+            raise InputError(field, str(folder), "is a file", "Name a directory") from e
+        remedy = f"Name a directory that can be written to with {field}"
+        raise InputError(field, str(folder), f"cannot be written to ({os.strerror(e.errno or 0)})", remedy) from e
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def hold(folder: Path, *, say: Callable[[str], None] = lambda line: print(line, 
                 folder.rmdir()
 
 
-def _lock(path: Path, say: Callable[[str], None]) -> int:
+def _lock(path: Path, field: str, say: Callable[[str], None]) -> int:
     """The open and locked file `path`, with this process in it. Raises OSError, or InputError where another process holds it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,8 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
         except BlockingIOError:
             owner = words(os.pread(file, 4096, 0))
             os.close(file)
-            remedy = "Wait for it, stop it, or name another directory with --out"
-            raise InputError("--out", str(path.parent), f"in use by {owner}", remedy) from None
+            remedy = f"Wait for it, stop it, or name another directory with {field}"
+            raise InputError(field, str(path.parent), f"in use by {owner}", remedy) from None
         except OSError as e:
             if e.errno not in _NO_LOCKS:
                 os.close(file)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mlm_jax.config import InputError, TrainConfig
+from mlm_jax.config import DataConfig, InputError, TrainConfig
 from mlm_jax.sharding import constrain, mesh_axes
 
 
@@ -23,9 +23,37 @@ class Examples(NamedTuple):
 
 
 def causal(tokens_BW: Int[Array, "B W"]) -> Examples:
-    """Next-token prediction: each window's first T tokens, and the T that follow them one by one; all count."""
-    targets_BT = tokens_BW[:, 1:]
-    return Examples(tokens_BW[:, :-1], targets_BT, jnp.ones(targets_BT.shape, jnp.float32))
+    """Next-token prediction: each window's first T tokens, and the T that follow them one by one.
+
+    A token that is given as its complement ~id, which is negative, does not count as a target; the others do.
+    """
+    learned_BW = tokens_BW >= 0
+    ids_BW = jnp.where(learned_BW, tokens_BW, ~tokens_BW)
+    return Examples(ids_BW[:, :-1], ids_BW[:, 1:], learned_BW[:, 1:].astype(jnp.float32))
+
+
+class Documents(NamedTuple):
+    """What the model is told of where documents begin: at each `<|endoftext|>`, and at the start of a row."""
+
+    eot_id: int
+    attention: bool  # no token sees another document
+    positions: bool  # they count from the start of the document
+
+    def call(self, inputs_BT: Int[Array, "B T"]) -> dict[str, Int[Array, "B T"]]:
+        """The arguments `segments_BT` and `positions_BT` of a call of the model on these tokens, as far as they are asked for."""
+        starts_BT, found = constrain(inputs_BT, "BT") == self.eot_id, {}
+        if self.attention:
+            found["segments_BT"] = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
+        if self.positions:
+            t_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1], dtype=jnp.int32), inputs_BT.shape)
+            found["positions_BT"] = t_BT - jax.lax.cummax(jnp.where(starts_BT, t_BT, 0), axis=1)
+        return {name: constrain(x_BT, "BT") for name, x_BT in found.items()}
+
+
+def documents_of(config: DataConfig, eot_id: int) -> Documents | None:
+    """What `config` asks to tell the model of documents; None: nothing."""
+    asked = config.reset_attention or config.reset_positions
+    return Documents(eot_id, config.reset_attention, config.reset_positions) if asked else None
 
 
 class Losses(NamedTuple):
@@ -108,13 +136,14 @@ def chunked_losses(
     return Losses(*map(join, out))
 
 
-def model_losses(model: Any, params: Any, examples: Examples, config: TrainConfig, **call: Any) -> Losses:
-    """The losses of `model`, called on the inputs of `examples` with the arguments `call`, as `config` defines them.
+def model_losses(model: Any, params: Any, examples: Examples, config: TrainConfig, documents: Documents | None = None, **call: Any) -> Losses:
+    """The losses of `model`, called on the inputs of `examples` with the arguments `call` and those of `documents`, as `config` defines them.
 
     Raises:
       InputError: `config.loss_chunks` does not divide the positions that a device has.
     """
     settings = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
+    call |= documents.call(examples.inputs_BT) if documents else {}
     if config.loss_chunks == 1:
         return losses(model.apply({"params": params}, examples.inputs_BT, **call), examples.targets_BT, **settings)
     x_BTD = model.apply({"params": params}, examples.inputs_BT, hidden_only=True, **call)

@@ -1,10 +1,9 @@
 """One run directory -> report.html, a page that needs no other file and no network, and loss.png, the curve on it."""
 
-import base64
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from matplotlib.ticker import MaxNLocator
 
 from mlm_jax.config import Config, InputError, diff, from_json
 from mlm_jax.history import goodput, read_history
+from mlm_jax.page import FAINT, INK, image, table, write_page
 
 MOST_POINTS = 2000  # in one drawn line: more than the picture has columns
 
-INK, FAINT, TRAIN, VALIDATION = "#1f2933", "#9fb3c8", "#2b6cb0", "#c05621"
+TRAIN, VALIDATION = "#2b6cb0", "#c05621"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -44,20 +44,15 @@ def write_report(run_dir: Path) -> Path:
     if rows:
         picture = run_dir / "loss.png"
         draw(rows, evaluation, name).savefig(picture, dpi=160)
-        image = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>Learning curve</h2><img alt="Loss against steps" src="data:image/png;base64,{image}">')
+        parts.append(f"<h2>Learning curve</h2>{image(picture.read_bytes(), 'Loss against steps')}")
         parts.append(f"<p>{unreadable} lines of metrics.jsonl could not be read.</p>" if unreadable else "")
-    parts.append(_table("Evaluation", (_figure(key, value) for key, value in evaluation.items())))
+    parts.append(table("Evaluation", (_figure(key, value) for key, value in evaluation.items())))
     samples = _read(run_dir / "samples.txt")
     parts.append(f"<h2>Samples</h2><pre>{escape(samples)}</pre>" if samples else "")
     starts = [row for row in history if "start" in row]
-    parts.append(_table("Starts", (_start(row) for row in starts)) if len(starts) > 1 else "")
+    parts.append(table("Starts", (_start(row) for row in starts)) if len(starts) > 1 else "")
     parts.append(_configuration(config) if config else "")
-    page = PAGE.format(title=escape(name), body="\n".join(part for part in parts if part))
-    path = run_dir / "report.html"
-    partial = run_dir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(path)
+    return write_page(run_dir / "report.html", name, parts)
 
 
 def _read(path: Path) -> str:
@@ -205,7 +200,7 @@ def _facts(run: Mapping[str, Any], config: Config | None, rows: list[dict[str, A
         facts.append(("goodput: time in steps that count", str(found)))
     if peaks.size:
         facts.append(("memory of a device, at most", f"{peaks.max() / 2**30:.2f} GiB"))
-    return _table("", facts)
+    return table("", facts)
 
 
 # Bits per byte of the same text, ours first: key of evaluation.json -> label.
@@ -247,13 +242,6 @@ def _start(row: dict[str, Any]) -> tuple[str, str]:
     return row["at"][:19].replace("T", " "), f"from step {row['start']:,} on {row.get('device', 'unknown devices')}{processes}{changes}"
 
 
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """An HTML table of labels and values under its heading; "" without rows."""
-    body = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in rows)
-    heading = f"<h2>{escape(title)}</h2>" if title else ""
-    return f"{heading}<table>{body}</table>" if body else ""
-
-
 def _configuration(config: Config) -> str:
     """Every field of every section; those that differ from the defaults are marked and carry the default."""
     defaults = {path: b for path, (_, b) in diff(config, Config(name=config.name)).items()}
@@ -268,35 +256,3 @@ def _configuration(config: Config) -> str:
             lines.append(f"<tr{mark}><th>{escape(field)}</th><td>{escape(str(value))}{note}</td></tr>")
         tables.append(f"<section><h3>{escape(section)}</h3><table>{''.join(lines)}</table></section>")
     return f'<h2>Configuration</h2><p>Marked: what differs from the defaults.</p><div class="sections">{"".join(tables)}</div>'
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; }}
-h1 {{ margin: 0 0 1rem; font-size: 1.8rem; }}
-h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.25rem; border-bottom: 1px solid #d9e2ec; }}
-h3 {{ margin: .6rem 0 .2rem; font-size: 1rem; }}
-p, small {{ color: #627d98; }}
-img {{ display: block; width: 100%; height: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .15rem .6rem .15rem 0; text-align: left; vertical-align: top; font-weight: normal; overflow-wrap: anywhere; }}
-th {{ min-width: 9rem; padding-left: .4rem; color: #627d98; overflow-wrap: normal; }}
-td {{ font-variant-numeric: tabular-nums; }}
-pre {{ padding: 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7fa; border-radius: 4px; font-size: 13px; }}
-.sections {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: .5rem 2rem; }}
-.sections table {{ width: 100%; }}
-.changed {{ background: #fffaeb; }}
-.changed th, .changed td {{ color: #1f2933; font-weight: 600; }}
-small {{ font-weight: normal; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -1,6 +1,7 @@
 """A run directory: what it records, the stages that fill it, and the one function that loads a model from it or from elsewhere.
 
-config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  samples.txt  hf/  report.html
+config.json  run.json  code/  tokens/  tokenizer/  metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  samples.txt  hf/
+report.html  audit.html (of the text)
 history.jsonl (every start, and what was changed then)  compiled/ (what XLA compiled, for the next start)  profile/ (traces)  wandb/
 
 A run may live in a bucket: its checkpoints are written there, the rest is made in a directory of this machine and copied (`copies`).
@@ -30,21 +31,22 @@ from mlm_jax import checkpoint, copies, distributed, evaluate, experiment, huggi
 from mlm_jax import train as training
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, diff, from_json, may_change, override, to_json
 from mlm_jax.data import tokenizer as tokenizers
-from mlm_jax.data.batches import Batches, validation_windows
-from mlm_jax.data.clean import Audit, clean
+from mlm_jax.data.audit_page import write_audit
+from mlm_jax.data.batches import training_batches, validation_windows
+from mlm_jax.data.prepare import plain_texts
 from mlm_jax.data.prepare import prepare as prepare_tokens
 from mlm_jax.data.shards import Manifest, read_manifest
-from mlm_jax.data.text import documents as documents_of
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.data.tokens import Tokens, open_tokens
 from mlm_jax.decode import text as text_generation
 from mlm_jax.experiment import Experiment
 from mlm_jax.model import gpt2
 from mlm_jax.model import int8 as quantized
+from mlm_jax.objectives import documents_of
 from mlm_jax.stopping import Stopped
 from mlm_jax.storage import Place
 
-PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "transformers", "numpy")
+PACKAGES = ("mlm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tiktoken", "transformers", "numpy")
 
 
 class Run:
@@ -69,7 +71,7 @@ class Run:
         self.home = folder if home is None else home
         copies.enter(folder, self.home, say=say)
         self.config = exp.config
-        self.tokens = Path(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
+        self.tokens = storage.place(self.config.data.tokens) if self.config.data.tokens else folder / "tokens"
         self.origin: Origin | None = None
         self.changes: dict[str, tuple[Any, Any]] = {}  # of the configuration, since the run was last started
         self._check_folder()
@@ -108,7 +110,9 @@ class Run:
         """Raises InputError where the directory is not this run's."""
         path = self.home / "config.json"
         if not path.exists():
-            ours = {"tokens"} | ({"run.json", "code", "tokenizer"} if (self.home / "run.json").exists() else set())  # of a start that was cut off
+            ours = {"tokens"} | (
+                {"run.json", "code", "tokenizer", "audit.html"} if (self.home / "run.json").exists() else set()
+            )  # of a start that was cut off
             others = sorted(p.name for p in self.home.iterdir() if p.name not in ours and p.name[0] != ".") if self.home.exists() else []
             if others:
                 raise InputError("--out", str(self.home), f"holds {others[0]} and is no run", "Name a new directory")
@@ -153,10 +157,12 @@ class Run:
         """
         new_folder, new_tokens = not self.folder.exists(), not self.tokens.exists()
         try:
-            distributed.together(lambda: prepare_tokens(self.config.data, self.tokens) if distributed.leads() else None)
+            scratch = self.folder / "tokens"
+            distributed.together(lambda: prepare_tokens(self.config.data, self.tokens, scratch=scratch) if distributed.leads() else None)
             manifest, tokenizer = distributed.together(self._read_tokens)
-        except InputError:
-            if distributed.leads():  # else the mended input would meet the shards of the bad one
+        except InputError as e:
+            # Else the mended input would meet the shards of the bad one; where it asks for no others, they may have taken days.
+            if distributed.leads() and not e.field.startswith(("sample.", "model.vocab_size", "data.mixture.")):
                 if new_tokens and not self.config.data.tokens:
                     shutil.rmtree(self.tokens, ignore_errors=True)
                 if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
@@ -166,12 +172,17 @@ class Run:
         if new_tokens:
             parts = [f"{s.documents:,} documents, {s.bytes:,} bytes, {s.tokens:,} tokens for {name}" for name, s in manifest.splits.items()]
             self.say(f"prepare: {', '.join(parts)}")
+            counts = manifest.audit["sources"].values()
+            faults = sum(entry["documents"] for source in counts for entry in source["faults"].values())
+            if faults:
+                self.say(f"prepare: {faults:,} could not be read; audit.html says what and where")
         copies.claim(self.folder, self.home)
         if distributed.leads() and not (self.home / "config.json").exists():
             shutil.rmtree(self.folder / "code", ignore_errors=True)  # of a start that was cut off
             write_json(self.folder / "run.json", self.provenance())
             experiment.copy_code(self.experiment, self.folder)
             tokenizer.save(self.folder / "tokenizer")
+            write_audit(manifest, self.folder)
             storage.write_text(self.folder / "config.json", to_json(self.config))  # last: a directory with a configuration is a run
         barrier("configuration")
         self._send_tokens(manifest)
@@ -182,7 +193,7 @@ class Run:
     def _read_tokens(self) -> tuple[Manifest, Tokenizer]:
         """The manifest and the tokenizer. Raises InputError where the tokens, or the prompt of the samples, do not fit the model."""
         manifest = read_manifest(self.tokens)
-        tokenizer = Tokenizer.load(self.tokens / "tokenizer")
+        tokenizer = _tokenizer_of(self.tokens)
         if self.origin and not _tokenizer_of(storage.place(self.origin.run)).same_as(tokenizer):
             remedy = "Use the same tokenizer, or data.tokens with shards of it"
             raise InputError("data.tokenizer", self.config.data.tokenizer, f"another one than that of {self.origin.run}", remedy)
@@ -191,7 +202,7 @@ class Run:
         if 0 < vocab_size < manifest.vocab_size:
             reason = f"smaller than the tokenizer's {manifest.vocab_size}"
             raise InputError("model.vocab_size", vocab_size, reason, "Set it to 0 to take the tokenizer's")
-        Batches(open_tokens(self.tokens, "train"), context_len=T, batch_size=self.config.train.batch_size, seed=0)
+        training_batches(self.config, self.tokens)
         validation_windows(open_tokens(self.tokens, "val"), T)
         c = self.config.sample
         n_prompt = len(tokenizer.encode(c.prompt)) if c.prompt else 1
@@ -277,9 +288,10 @@ class Run:
             return read_json(self.home / path.name)
         model, params, tokenizer = self.trained
         split = read_manifest(self.tokens).splits["val"]
-        tokens = open_tokens(self.tokens, "val")
+        tokens, documents = open_tokens(self.tokens, "val"), documents_of(self.config.data, tokenizer.eot_id)
         with jax.sharding.set_mesh(self.mesh):
-            result = evaluate.measure(model, params, tokens, self.mesh, n_bytes=split.bytes, n_characters=split.characters)
+            figures = {"n_bytes": split.bytes, "n_characters": split.characters}
+            result = evaluate.measure(model, params, tokens, self.mesh, **figures, documents=documents)
         if distributed.leads():
             result |= evaluate.compressors(self.tokens, tokenizer)
             write_json(path, result)
@@ -335,10 +347,22 @@ class Run:
             distributed.together(lambda: copies.send(self.folder, self.home, names) if distributed.leads() else None)
 
     def _send_tokens(self, manifest: Manifest) -> None:
-        """Copies the manifest and the validation split to the bucket, if the run lives in one: any machine can evaluate it then."""
-        names = ["manifest.json", *(shard.file for shard in manifest.splits["val"].shards)]
+        """Copies the manifest and the validation split to the bucket, if the run lives in one: any machine can evaluate it then.
+
+        Tokens that are in a bucket themselves stay there, as do shards that others made.
+        """
+        tokens, there = self.tokens, self.home / "tokens"
+        val = [shard for shard in manifest.splits["val"].shards if shard.file in manifest.files]
+        names = ["manifest.json", *(shard.file for shard in val), *(shard.mask for shard in val if shard.mask_sha256)]
+
+        def send() -> None:
+            if isinstance(tokens, Path):
+                copies.send(tokens, there, names)
+            else:
+                storage.write_text(there / "manifest.json", storage.read_text(tokens / "manifest.json"))
+
         if storage.is_in_bucket(self.home):
-            distributed.together(lambda: copies.send(self.tokens, self.home / "tokens", names) if distributed.leads() else None)
+            distributed.together(lambda: send() if distributed.leads() else None)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -556,25 +580,27 @@ def evaluate_reference(reference: str, *, text: str | None, trust_code: bool, in
     """
     model, params, tokenizer = load(reference, trust_code=trust_code)
     params = quantized.int8(params) if int8 else params
+    run, _ = _run_and_step(reference)
+    trained = (run / "run.json").exists() and "imported_from" not in read_json(run / "run.json")
+    data = read_config(run).data if trained else DataConfig()
     if text:
-        documents = [d.text for d in clean(documents_of(DataConfig(source=text)), Audit())]
-        if not documents:
+        texts = plain_texts(DataConfig(source=text))
+        if not texts:
             raise InputError("--text", text, "holds no text", "Name a file or folder of text")
-        ids = [np.concatenate([[tokenizer.eot_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(documents)]
+        ids = [np.concatenate([[tokenizer.eot_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(texts)]
         tokens = Tokens([np.concatenate(ids)])
-        n_bytes, n_characters = sum(len(d.encode()) for d in documents), sum(map(len, documents))
+        n_bytes, n_characters = sum(len(text.encode()) for text in texts), sum(map(len, texts))
     else:
-        run, _ = _run_and_step(reference)
-        if not (run / "run.json").exists() or "imported_from" in read_json(run / "run.json"):
+        if not trained:
             raise InputError("MODEL", reference, "has no validation split", "Give a text with --text")
-        elsewhere = read_config(run).data.tokens if isinstance(run, Path) else ""  # a bucket has its own copy of this split
-        with _at_hand(run, ["tokens"]) as folder:
-            folder = Path(elsewhere) if elsewhere else folder / "tokens"
-            split = read_manifest(folder).splits["val"]
-            tokens = open_tokens(folder, "val")  # mapped, so it outlives the file's name
+        folder = storage.place(data.tokens) if data.tokens else run / "tokens"
+        if storage.is_in_bucket(run) and not storage.is_in_bucket(folder):
+            folder = run / "tokens"  # its own copy of this split
+        split, tokens = read_manifest(folder).splits["val"], open_tokens(folder, "val")
         n_bytes, n_characters = split.bytes, split.characters
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    return evaluate.measure(model, params, tokens, mesh, n_bytes=n_bytes, n_characters=n_characters)
+    documents = documents_of(data, tokenizer.eot_id)
+    return evaluate.measure(model, params, tokens, mesh, n_bytes=n_bytes, n_characters=n_characters, documents=documents)
 
 
 def on_host(params: Any) -> Any:

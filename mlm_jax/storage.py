@@ -21,6 +21,7 @@ from mlm_jax.config import InputError
 
 Place = Path | epath.Path  # on disk, in a bucket
 WAIT_S = 60.0  # at most, for the first answer of a bucket; gcsfs tries for half a minute where it is refused
+READ_S = 300.0  # at most, for all parts of files that are read together
 
 
 class NotReached(RuntimeError):
@@ -65,12 +66,13 @@ def address(folder: Place) -> str:
 
 
 def files(folder: Place) -> dict[str, File]:
-    """Every file below `folder`, by its path from there."""
+    """Every file below `folder`, by its path from there. Raises NotReached where it is in a bucket that cannot be listed."""
     if isinstance(folder, Path):
         stats = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
         return {name: File(stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     root = str(folder).removeprefix("gs://").rstrip("/") + "/"
-    found = _buckets().find(root, detail=True)
+    with _reached(folder):
+        found = _buckets().find(root, detail=True)
     return {name.removeprefix(root): File(int(o["size"]), int(o["generation"]), o["crc32c"]) for name, o in sorted(found.items())}
 
 
@@ -116,7 +118,27 @@ def read_text(path: Place) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def check_writable(folder: epath.Path) -> None:
+def read_ranges(parts: Sequence[tuple[epath.Path, int, int]]) -> list[bytes]:
+    """Of each file in a bucket its bytes from the first number up to, not including, the second; they are asked for all at once.
+
+    Raises:
+      NotReached: one could not be read, in the six tries that gcsfs makes or within `READ_S` seconds, or has not so many bytes.
+    """
+    import fsspec.asyn
+
+    if not parts:
+        return []
+    paths, starts, stops = zip(*parts, strict=True)
+    with _reached(paths[0].parent):
+        buckets, names = _buckets(), [str(path) for path in paths]
+        found: Any = fsspec.asyn.sync(buckets.loop, buckets._cat_ranges, names, starts, stops, on_error="raise", timeout=READ_S)
+    for (path, start, stop), raw in zip(parts, found, strict=True):
+        if len(raw) != stop - start:
+            raise NotReached(f"{path} cannot be read: {len(raw)} bytes came of {stop - start} from byte {start} on")
+    return found
+
+
+def check_writable(folder: epath.Path, *, field: str = "--out") -> None:
     """Writes a file into a folder of a bucket and takes it away again.
 
     Raises:
@@ -132,13 +154,13 @@ def check_writable(folder: epath.Path) -> None:
         fsspec.asyn.sync(buckets.loop, buckets._pipe_file, path, b"", timeout=WAIT_S)
         fsspec.asyn.sync(buckets.loop, buckets._rm_file, path, timeout=WAIT_S)
     except FileNotFoundError as e:
-        raise InputError("--out", str(folder), "there is no such bucket", remedy) from e
+        raise InputError(field, str(folder), "there is no such bucket", remedy) from e
     except fsspec.asyn.FSTimeoutError as e:
         raise NotReached(f"{folder} cannot be reached: no answer within {WAIT_S:g} s") from e
     except Exception as e:  # whatever the library raised
         if isinstance(e, ConnectionError) or type(e).__module__.startswith("aiohttp.") or getattr(e, "code", 0) in (429, *range(500, 600)):
             raise NotReached(f"{folder} cannot be reached: {first_line(e)}") from e
-        raise InputError("--out", str(folder), f"cannot be written to ({first_line(e)})", remedy) from e
+        raise InputError(field, str(folder), f"cannot be written to ({first_line(e)})", remedy) from e
 
 
 def send(folder: Path, names: Sequence[str], home: epath.Path) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding, watch
 from mlm_jax.config import Config, TrainConfig
-from mlm_jax.data.batches import Batches, validation_windows
+from mlm_jax.data.batches import training_batches, validation_windows
 from mlm_jax.data.shards import read_manifest
 from mlm_jax.data.tokens import open_tokens
 from mlm_jax.evaluate import make_eval_step, mean_loss
@@ -37,13 +37,21 @@ class TrainState(NamedTuple):
 
 
 def make_train_step(
-    model: gpt2.Model, tx: optax.GradientTransformation, config: TrainConfig, *, ema_decay: float = 0.0
+    model: gpt2.Model,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    *,
+    ema_decay: float = 0.0,
+    documents: objectives.Documents | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """The pure function (state, tokens_BW) -> (next state, metrics); dropout is drawn from (seed, step) alone."""
+    """The pure function (state, tokens_BW) -> (next state, metrics); dropout is drawn from (seed, step) alone.
+
+    `tokens_BW` are as `Batches` gives them, and `documents` is what the model is told of documents.
+    """
 
     def loss_fn(params: Any, examples: objectives.Examples, n_targets: Array, key: Array) -> tuple[Array, Array]:
         """This part's share of the objective and of the reported loss, both means over all targets of the step."""
-        losses = objectives.model_losses(model, params, examples, config, train=True, rngs={"dropout": key})
+        losses = objectives.model_losses(model, params, examples, config, documents, train=True, rngs={"dropout": key})
         objective, loss = ((x_BT * examples.weights_BT).sum() / n_targets for x_BT in losses)
         return objective, loss
 
@@ -90,11 +98,14 @@ def init_state(model: gpt2.Model, tx: optax.GradientTransformation, seed: int, *
     return TrainState(jnp.int32(0), params, tx.init(params), guard.start(), params if ema_decay else None)
 
 
-def _build(config: Config, model: gpt2.Model) -> tuple[Callable[[], TrainState], Callable[..., tuple[TrainState, dict[str, Array]]]]:
+def _build(
+    config: Config, model: gpt2.Model, documents: objectives.Documents | None = None
+) -> tuple[Callable[[], TrainState], Callable[..., tuple[TrainState, dict[str, Array]]]]:
     """`init_state` and `make_train_step` of a configuration."""
     tx = optim.optimizer(config.optim, config.train.steps, width_multiplier=config.model.width_multiplier)
     averaged = {"ema_decay": config.optim.ema_decay}
-    return functools.partial(init_state, model, tx, config.train.seed, **averaged), make_train_step(model, tx, config.train, **averaged)
+    step = make_train_step(model, tx, config.train, **averaged, documents=documents)
+    return functools.partial(init_state, model, tx, config.train.seed, **averaged), step
 
 
 def abstract_state(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh) -> TrainState:
@@ -110,12 +121,14 @@ def first_state(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh) -> T
     return jax.jit(_build(config, model)[0], out_shardings=shardings)()
 
 
-def lower_step(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh, batch_size: int) -> jax.stages.Lowered:
+def lower_step(
+    config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh, batch_size: int, documents: objectives.Documents | None = None
+) -> jax.stages.Lowered:
     """The step for `batch_size` windows, ready to be compiled for `mesh`, which is the one in use; it writes the new state over the old one."""
     state = abstract_state(config, model, mesh)
     tokens_BW = sharding.rows_shape((batch_size, config.model.context_len + 1), jnp.int32, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(_build(config, model)[1], out_shardings=(shardings, None), donate_argnums=0).lower(state, tokens_BW)
+    return jax.jit(_build(config, model, documents)[1], out_shardings=(shardings, None), donate_argnums=0).lower(state, tokens_BW)
 
 
 def progress(state: TrainState) -> dict[str, Any]:
@@ -130,7 +143,7 @@ class Diverged(RuntimeError):
 AHEAD = 2  # batches that are on the devices before their step is
 
 
-def shown(starts: list[int]) -> str:
+def shown(starts: list[Any]) -> str:
     """The first few of them."""
     return ", ".join(map(str, starts[:8])) + (", ..." if starts[8:] else "")
 
@@ -138,7 +151,7 @@ def shown(starts: list[int]) -> str:
 def train(
     config: Config,
     model: gpt2.Model,
-    tokens: Path,
+    tokens: Place,
     run: Path,
     *,
     home: Place | None = None,
@@ -160,6 +173,7 @@ def train(
 
     Raises:
       InputError: too little text, a mesh that does not fit, or a damaged shard or checkpoint.
+      NotReached: the tokens are in a bucket that cannot be read.
       Diverged: too many steps in a row had to be skipped.
       Stopped: a signal asked for it, in one of the processes.
 
@@ -169,9 +183,10 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     check_batches(mesh, config)
     manifest = read_manifest(tokens)
-    batches = Batches(open_tokens(tokens, "train"), context_len=T, batch_size=c.batch_size, seed=c.seed, rows_before=c.rows_before)
-    windows = validation_windows(open_tokens(tokens, "val"), T)
-    bits_per_nat = manifest.splits["val"].tokens / manifest.splits["val"].bytes / math.log(2)  # nats/token -> bits/byte
+    batches, windows = training_batches(config, tokens), validation_windows(open_tokens(tokens, "val"), T)
+    documents = objectives.documents_of(config.data, manifest.eot_id)
+    val = manifest.splits["val"]
+    bits_per_nat = (val.tokens - val.prompt_tokens) / val.bytes / math.log(2)  # nats/token -> bits/byte
 
     clock = observe.Clock()
     with contextlib.ExitStack() as stack:
@@ -195,8 +210,8 @@ def train(
 
         # The step, compiled for every batch size that is to come, and where its figures go.
         sizes = sorted({c.batch_size_at(step) for step in range(done, c.steps)})
-        train_steps = {B: lower_step(config, model, mesh, B).compile() for B in sizes}
-        eval_step = make_eval_step(model, c)
+        train_steps = {B: lower_step(config, model, mesh, B, documents).compile() for B in sizes}
+        eval_step = make_eval_step(model, c, documents)
         lrs = jax.device_get(jax.jit(jax.vmap(optim.schedule(config.optim, c.steps)))(jnp.arange(c.steps)))
         compiled = observe.compilation().since(compiled_before)
         extra: dict[str, Any] = compiled._asdict()  # what else the first row holds
@@ -222,6 +237,9 @@ def train(
                 line.note(words)
 
         say(f"{n_params:,} parameters on {mesh.size} x {device}; {f'going on from step {done}' if done else 'from scratch'}")
+        if config.data.mixture or config.data.packing != "concat":
+            for share in batches.shares(c.steps):
+                say(str(share))
         say(str(compiled) + "".join(f"; a step needs {observe.need(train_steps[B])}" for B in list(train_steps)[-1:]))
 
         def write(given: observe.Dispatched) -> bool:
@@ -291,7 +309,7 @@ def train(
                 continue
             finite, given = write(given), None  # the step's own row comes before what follows from it
             if c.debug and not finite:  # the step changed nothing
-                first = guard.first_not_finite(model, state.params, batches(step - 1))
+                first = guard.first_not_finite(model, state.params, batches(step - 1), documents)
                 say(f"step {step}: the first that is not finite is {first or 'not met without dropout and what is added to the loss'}")
             if profile and step == profile.last:
                 trace.close()

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 # Set before anything imports jax or transformers; child processes inherit these, and see one device.
@@ -31,6 +32,8 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # the tests mostly compi
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
+
+Documents = list[tuple[np.ndarray, np.ndarray]]  # of each the ids, and whether they are learned; <|endoftext|> is not among them
 
 # Everything small: a run of it takes seconds. {source} is the text.
 TINY_EXPERIMENT = """from mlm_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
@@ -99,3 +102,45 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("".join(words))
     prepare(DataConfig(source=str(folder / "text.txt"), tokenizer="byte"), folder / "tokens")
     return folder / "tokens"
+
+
+def write_tokens(folder: Path, sources: Mapping[str, Documents], val: Documents | None = None, *, shard_tokens: int = 40, eot_id: int = 256) -> Path:
+    """Token shards of these documents as `prepare` would leave them, one source after the other; without `val` the last
+    five of each are held out too."""
+    from mlm_jax.config import DataConfig, MixedSourceConfig
+    from mlm_jax.data import shards
+    from mlm_jax.data.tokenizer import byte_level
+
+    folder.mkdir(parents=True)
+    made = []
+    for name, train in sources.items():
+        splits = {}
+        for split, documents in {"train": train, "val": train[-5:] if val is None else val}.items():
+            prefix = f"{name}_{split}" if name else split
+            pieces = [np.concatenate([[eot_id], ids]) for ids, _ in documents]
+            learned = [np.concatenate([[1], mask]).astype(np.uint8) for _, mask in documents]
+            n = sum(map(len, pieces))
+            written = shards.write_shards(pieces, n, folder, prefix, token_bytes=2, limit=shard_tokens)
+            if not all(mask.all() for mask in learned):
+                masks = shards.write_shards(learned, n, folder, prefix, token_bytes=2, limit=shard_tokens, ending=".mask")
+                written = [dataclasses.replace(s, mask_sha256=m.sha256) for s, m in zip(written, masks, strict=True)]
+            np.cumsum([0, *map(len, pieces)])[:-1].astype("<u8").tofile(folder / f"{prefix}.starts")
+            prompts = sum(int((~np.asarray(mask, bool)).sum()) for mask in learned)
+            splits[split] = shards.Split(n, n - prompts, n - prompts, len(documents), tuple(written), f"{prefix}.starts", "-", prompts)
+        made.append(shards.SourceTokens(name=name, detail="", split_by="hash", splits=splits))
+    mixture = tuple(MixedSourceConfig(source=f"{name}.txt", name=name) for name in sources) if len(sources) > 1 else ()
+    config = DataConfig(mixture=mixture, tokenizer="byte")
+    manifest = shards.Manifest(config=config, tokenizer="byte", vocab_size=257, eot_id=eot_id, sources=tuple(made), audit={}, lists={})
+    shards.write_manifest(manifest, folder)
+    byte_level().save(folder / "tokenizer")
+    return folder
+
+
+def documents(seed: int, n: int, *, longest: int = 30, prompts: bool = False) -> Documents:
+    """`n` documents of random bytes, of 1 to `longest` tokens; with `prompts` the first part of some is not learned."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for length in draw.integers(1, longest + 1, n).tolist():
+        learned = np.arange(length) >= (draw.integers(0, length) if prompts else 0)
+        made.append((draw.integers(0, 256, length), learned))
+    return made

@@ -57,6 +57,14 @@ def test_reading_batches_is_measured_against_a_loop_that_reads_the_same():
 
 
 @pytest.mark.slow
+def test_encoding_is_measured_against_datasets_with_the_same_ids():
+    pytest.importorskip("datasets")
+    out = run("bench_tokenize.py", "--megabytes", "0.2", "--rounds", "1")
+    assert re.search(r"^[\d,]+ documents, 0.2 MB, [\d,]+ tokens, 2 threads; the same ids from all sides$", out, re.MULTILINE)
+    assert re.findall(r"^\| ([\w.]+) \| [\d.]+ \([\d.]+ to [\d.]+\) \| ", out, re.MULTILINE) == ["datasets.map", "tokenizers", "mlm_jax"]
+
+
+@pytest.mark.slow
 def test_a_save_and_its_bytes_are_measured(tmp_path):
     small = {"model.n_layers": 1, "model.n_heads": 2, "model.d_model": 32, "model.d_ff": 64, "model.vocab_size": 100}
     sets = [word for path, value in small.items() for word in ("--set", f"{path}={value}")]
@@ -99,3 +107,18 @@ def test_arrays_are_compared_bit_for_bit():
     assert bench_faults.different_arrays(arrays, {name: x.copy() for name, x in arrays.items()}) == ""
     assert bench_faults.different_arrays(arrays | {"a": -arrays["a"]}, arrays) == "a of the last checkpoint differs"
     assert bench_faults.different_arrays({"a": arrays["a"]}, arrays) == "other arrays: b"
+
+
+@pytest.mark.slow
+def test_what_the_rules_of_cleaning_find_and_how_fast_they_are_is_measured():
+    out = run("bench_clean.py", "--documents", "10", "--rounds", "1")
+    rows = dict(re.findall(r"^\| ([a-z: ,]+) \| 10 \| \d+ \| [\d.]+ \| ([\d.]+) \|$", out, re.MULTILINE))
+    assert len(rows) == 12 and min(map(float, rows.values())) >= 0.9
+    assert re.search(r"^\| pii \| [\d.]+ \| none \|$", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_cleaning_and_the_memory_of_prepare_are_measured():
+    out = run("bench_data.py", "--megabytes", "0.2", "--rounds", "1", "--sizes", "1", "2")
+    assert re.search(r"^\| mlm_jax \| [\d.]+ \(.*\n\| datatrove alone \| [\d.]+ \(", out, re.MULTILINE)
+    assert re.findall(r"^\| (\d+) \| ([12],000) \| [\d.]+ ", out, re.MULTILINE) == [("1", "1,000"), ("2", "2,000")]

@@ -114,20 +114,13 @@ NEW_RUN = {
     "missing text": (lambda d: (d / "text.txt").unlink(), [], "data.source = {d}/text.txt: no such file or folder"),
     "empty text": (lambda d: (d / "text.txt").write_text(""), [], "data.source = {d}/text.txt: no text"),
     "text of spaces": (lambda d: (d / "text.txt").write_text(" \n\n "), [], "data.source = {d}/text.txt: no text"),
-    "invalid UTF-8": (lambda d: (d / "text.txt").write_bytes(b"good \xff bad"), [], "not UTF-8: byte 0xff at offset 5"),
+    "invalid UTF-8": (lambda d: (d / "text.txt").write_bytes(b"good \xff bad"), [], "(1 x not UTF-8; the first: {d}/text.txt: byte 0xff at offset 5"),
     "text shorter than a window": (lambda d: (d / "text.txt").write_text("abc" * 1000), SHORT, "the text is shorter than one window"),
     "nothing to validate on": (lambda d: None, ["--set", "data.val_fraction=0"], "has no val tokens"),
     "unknown field": (lambda d: None, ["--set", "optim.peek_lr=1"], "optim.peek_lr: OptimConfig has no field 'peek_lr'. Did you mean 'peak_lr'?"),
     "no path=value": (lambda d: None, ["--set", "steps"], "--set = steps: not of the form path=value"),
     "wrong type": (lambda d: None, ["--set", "train.steps=many"], "train.steps = 'many': expected int, got str"),
     "heads that do not divide": (lambda d: None, ["--set", "model.n_heads=3"], "model.d_model = 32: model.n_heads = 3 does not divide it"),
-    "small vocabulary": (lambda d: None, ["--set", "model.vocab_size=299"], "model.vocab_size = 299: smaller than the tokenizer's 300"),
-    "long sample": (
-        lambda d: None,
-        ["--set", "sample.max_tokens=16"],
-        "sample.max_tokens = 16: with 1 prompt tokens more than model.context_len = 16",
-    ),
-    "long prompt": (lambda d: None, ["--set", "sample.prompt=" + "ab " * 30], "more than model.context_len = 16. Shorten sample.prompt"),
     "a batch that the devices cannot share": (
         lambda d: None,
         ["--set", "train.batch_size=6"],
@@ -151,6 +144,31 @@ def test_bad_input_leaves_nothing_of_a_new_run(tiny_experiment, tmp_path, name, 
     argv = [verb, tiny_experiment, "--out", tmp_path / "run", *(word.format(d=folder) for word in settings)]
     assert words.format(d=folder) in refused(argv, capfd)
     assert contents(tmp_path) == before
+
+
+# What is found when the text has become tokens, and another text would not mend: these stay, as they may have taken days.
+AFTER_PREPARE = {
+    "small vocabulary": (lambda d: None, ["--set", "model.vocab_size=299"], "model.vocab_size = 299: smaller than the tokenizer's 300"),
+    "long sample": (
+        lambda d: None,
+        ["--set", "sample.max_tokens=16"],
+        "sample.max_tokens = 16: with 1 prompt tokens more than model.context_len = 16",
+    ),
+    "long prompt": (lambda d: None, ["--set", "sample.prompt=" + "ab " * 30], "more than model.context_len = 16. Shorten sample.prompt"),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_PREPARE)
+def test_bad_input_that_says_nothing_of_the_text_leaves_the_tokens_for_the_mended_command(tiny_experiment, tmp_path, name, capfd):
+    _, settings, words = AFTER_PREPARE[name]
+    before = contents(tmp_path)
+    assert words in refused(["train", tiny_experiment, "--out", tmp_path / "run", *settings], capfd)
+    made = contents(tmp_path)
+    tokens = {path: raw for path, raw in made.items() if path.startswith("run/tokens/")}
+    assert "run/tokens/manifest.json" in tokens
+    assert {path: raw for path, raw in made.items() if path not in tokens} == before | {"run": None, "run/tokens": None}
+    assert cli.main(["prepare", str(tiny_experiment), "--out", str(tmp_path / "run")]) == 0
+    assert {path: raw for path, raw in contents(tmp_path).items() if path.startswith("run/tokens/")} == tokens
 
 
 def test_a_mended_text_may_be_prepared_into_the_same_directory(tiny_experiment, tmp_path, capfd):
@@ -403,6 +421,7 @@ def test_a_stream_prints_what_generate_prints(tiny_run, capfd):
     assert capfd.readouterr().out == printed
 
 
+@pytest.mark.slow
 def test_scores_and_beams_and_a_draft_are_asked_for_by_flag(tiny_run, capfd):
     argv = ["generate", str(tiny_run.folder), "--prompt", "the ", "--max-tokens", "8", "--traceback"]
     assert cli.main([*argv, "--beams", "3", "--num", "2", "--scores"]) == 0

@@ -13,6 +13,7 @@ from mlm_jax.config import (
     DataConfig,
     InputError,
     MeshConfig,
+    MixedSourceConfig,
     ModelConfig,
     OptimConfig,
     SampleConfig,
@@ -266,3 +267,8 @@ def test_sequences_survive_json_and_the_command_line():
     assert from_json(to_json(changed)) == changed
     with pytest.raises(InputError, match=r"^sample\.banned = 'x': expected int, got str"):
         override(Config(name="x"), {"sample.banned": (1, "x")})
+
+
+def test_either_all_sources_of_a_mixture_have_a_weight_or_none():
+    with pytest.raises(InputError, match=r"data\.mixture\.weight = 0\.0: b has none, and others have\. Give each source a weight, or none"):
+        DataConfig(mixture=(MixedSourceConfig(source="a.txt", weight=1), MixedSourceConfig(source="b.txt")))

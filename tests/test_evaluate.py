@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlm_jax import evaluate, runs, sharding
+from mlm_jax import evaluate, objectives, runs, sharding
 from mlm_jax.config import MeshConfig, ModelConfig
 from mlm_jax.data.batches import validation_windows
 from mlm_jax.data.shards import read_manifest
@@ -138,3 +138,30 @@ def test_the_description_has_all_figures(tiny_run):
         assert f"{result[key]:.4f}" in words
     without = {key: value for key, value in result.items() if not key.startswith("xz")}
     assert "xz" not in evaluate.describe(without)
+
+
+def test_evaluation_tells_the_model_of_documents_as_its_run_does(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.folder, folder)
+    plain = runs.evaluate_reference(str(folder), text=None, trust_code=False)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"reset_attention": false', '"reset_attention": true'))
+    told = runs.evaluate_reference(str(folder), text=None, trust_code=False)
+    model, params, tokenizer = runs.load(folder)
+    val = open_tokens(folder / "tokens", "val")
+    documents = objectives.Documents(tokenizer.eot_id, attention=True, positions=False)
+    expected = evaluate.measure(model, params, val, mesh_of(1), n_bytes=plain["val_bytes"], n_characters=1000, documents=documents)
+    assert told["val_loss"] == expected["val_loss"]
+
+    text = tmp_path / "two"
+    text.mkdir()
+    for name in "ab":
+        (text / f"{name}.txt").write_text("the model reads a text and learns" * 2 + name)
+    same, other = (runs.evaluate_reference(str(run), text=str(text), trust_code=False)["val_loss"] for run in (tiny_run.folder, folder))
+    assert same != other
+
+
+def test_a_split_of_which_nothing_is_learned_has_no_loss(model_and_params):
+    model, params = model_and_params
+    unlearned = Tokens([np.arange(19)], [np.zeros(19, np.uint8)])
+    loss, n = evaluate.mean_loss(evaluate.make_eval_step(model), params, validation_windows(unlearned, 8), mesh_of(1), batch_size=2)
+    assert math.isnan(loss) and n == 0

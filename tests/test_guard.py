@@ -154,6 +154,7 @@ def test_a_run_ends_in_words_after_so_many_skipped_steps_in_a_row_and_keeps_its_
 # ---- debugging ----
 
 
+@pytest.mark.slow
 def test_the_first_array_that_is_not_finite_is_named():
     model = gpt2.GPT2(MODEL)
     params, tokens_BW = jax.jit(lambda: gpt2.init(model, jax.random.key(0)))(), windows(0)

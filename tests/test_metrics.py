@@ -176,6 +176,7 @@ def test_weights_and_biases_that_do_not_start_are_named_and_nothing_is_written(t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_line_names_the_project_that_gets_each_step(tiny_experiment, tmp_path, monkeypatch):
     library = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", library)

@@ -10,14 +10,20 @@ import optax
 import pytest
 
 from mlm_jax import objectives, sharding
-from mlm_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig, override
-from mlm_jax.model import gpt2
-from mlm_jax.train import init_state, make_train_step
+from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, TrainConfig, override
+from mlm_jax.model import attention, gpt2
+from mlm_jax.train import init_state, lower_step, make_train_step
 
 
 def test_each_target_is_the_token_after_its_input():
     examples = objectives.causal(jnp.array([[5, 6, 7, 8]]))
     assert examples.inputs_BT.tolist() == [[5, 6, 7]] and examples.targets_BT.tolist() == [[6, 7, 8]] and examples.weights_BT.tolist() == [[1, 1, 1]]
+
+
+def test_a_token_given_as_its_complement_is_seen_and_not_learned():
+    examples = objectives.causal(jnp.array([[5, ~6, 0, ~0, 8]]))
+    assert examples.inputs_BT.tolist() == [[5, 6, 0, 0]] and examples.targets_BT.tolist() == [[6, 0, 0, 8]]
+    assert examples.weights_BT.tolist() == [[0, 1, 0, 1]] and examples.weights_BT.dtype == jnp.float32
 
 
 def test_cross_entropy_is_minus_the_log_of_the_targets_probability():
@@ -170,3 +176,138 @@ def test_training_reports_the_cross_entropy_whatever_it_makes_small():
         float(measured["loss"]) == pytest.approx(float(losses.nats_BT.mean()), rel=1e-6) != pytest.approx(float(losses.objective_BT.mean()), rel=1e-2)
     )
     assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
+
+
+# ---- documents ----
+
+EOT = 0
+BOTH_RESET = objectives.Documents(EOT, attention=True, positions=True)
+READER = ModelConfig(vocab_size=61, context_len=16, n_layers=2, n_heads=2, d_model=16, d_ff=32, init_std=0.3, tied_head=False)
+# Three documents, the first without its beginning; each token stands in one of them alone.
+PIECES = [[5, 6, 7, 8], [EOT, 20, 21, 22, 23, 24, 25], [EOT, 40, 41, 42, 43]]
+ROW = np.concatenate(PIECES)[None]
+
+
+@functools.cache
+def params_of(config):
+    shapes = jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(config), jax.random.key(0)))
+    return jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits_of(config, documents, tokens_BT, params):
+    call = documents.call(tokens_BT) if documents else {}
+    return gpt2.GPT2(config).apply({"params": params}, tokens_BT, **call)
+
+
+def test_documents_are_counted_from_each_end_of_text_and_from_the_start_of_the_row():
+    rows = np.random.default_rng(0).integers(0, 4, (7, 16))
+    segments, positions = np.zeros_like(rows), np.zeros_like(rows)
+    for row in range(7):
+        for t in range(16):
+            begins = rows[row, t] == EOT
+            segments[row, t] = (segments[row, t - 1] if t else 0) + begins
+            positions[row, t] = 0 if begins or t == 0 else positions[row, t - 1] + 1
+    got = BOTH_RESET.call(jnp.asarray(rows))
+    np.testing.assert_array_equal(got["segments_BT"], segments)
+    np.testing.assert_array_equal(got["positions_BT"], positions)
+    assert set(BOTH_RESET._replace(attention=False).call(jnp.asarray(rows))) == {"positions_BT"}
+    assert set(BOTH_RESET._replace(positions=False).call(jnp.asarray(rows))) == {"segments_BT"}
+
+
+SLOW = [("blocked", "none", True), ("reference", "full", False), ("xla", "dots", True), ("blocked", "attention", False)]
+SEEN = [
+    ("reference", "none", False),
+    ("blocked", "none", False),
+    ("xla", "full", True),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+]
+
+
+@pytest.mark.parametrize(("implementation", "remat", "positions"), SEEN)
+def test_no_token_of_another_document_changes_a_logit_or_gets_a_gradient(implementation, remat, positions, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 8)  # two blocks
+    config = override(READER, {"attention": implementation, "remat": remat})
+    told = BOTH_RESET._replace(positions=positions)
+    first, last = 4, 11  # the document in the middle
+
+    @functools.partial(jax.jit, static_argnames="documents")
+    def read(params, tokens_BT, documents):
+        call = documents.call(tokens_BT) if documents else {}
+
+        def middle(params):
+            logits = gpt2.GPT2(config).apply({"params": params}, tokens_BT, **call)[:, first:last]
+            return (logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)).sum(), logits
+
+        (_, logits), gradient = jax.value_and_grad(middle, has_aux=True)(params)
+        return logits, jnp.abs(gradient["w_token_VD"]).sum(-1)
+
+    params, row = params_of(config), jnp.asarray(ROW)
+    others, before = row.at[:, :first].add(4).at[:, last + 1 :].add(4), jnp.array([5, 6, 7, 8])
+    logits, gradient = read(params, row, told)
+    np.testing.assert_array_equal(read(params, others, told)[0], logits)
+    own = np.zeros(61, bool)
+    own[[EOT, *range(20, 26)]] = True
+    assert (gradient[own] > 0).all() and (gradient[~own] == 0).all()
+    logits, gradient = read(params, row, None)
+    assert (read(params, others, None)[0] != logits).any() and (gradient[before] > 0).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "rotary"}], ids=str)
+def test_each_document_alone_has_the_logits_that_it_has_in_a_row(changes):
+    config = override(READER, changes)
+    params = params_of(config)
+    alone = np.concatenate([logits_of(config, None, np.array([piece]), params) for piece in PIECES], axis=1)
+    np.testing.assert_allclose(logits_of(config, BOTH_RESET, ROW, params), alone, atol=1e-5)
+    for other in (None, BOTH_RESET._replace(attention=False), BOTH_RESET._replace(positions=False)) if not changes else ():
+        assert np.abs(logits_of(config, other, ROW, params) - alone).max() > 1e-2
+
+
+STEPS = {
+    "blocked": ({"attention": "blocked"}, {}, {}),
+    "xla, remat": ({"attention": "xla", "remat": "full"}, {}, {}),
+    "micro-batches": ({}, {"micro_batches": 2}, {}),
+    "chunks": ({"remat": "dots"}, {"loss_chunks": 4}, {}),
+    "data and fsdp": ({}, {}, {"data": 2, "fsdp": 4}),
+    "context": ({}, {}, {"data": 2, "context": 4}),
+    "tensor and context": ({"attention": "xla"}, {"micro_batches": 2, "loss_chunks": 2}, {"data": 2, "tensor": 2, "context": 2}),
+}
+
+
+@functools.cache
+def one_step(name=""):
+    """(loss, parameters) after a step on rows with documents, prompts and padding."""
+    model_changes, train_changes, mesh_sizes = STEPS.get(name, ({"attention": "reference"}, {}, {}))
+    config, train = override(READER, {"vocab_size": 64} | model_changes), override(TrainConfig(), train_changes)
+    rows = np.random.default_rng(1).integers(1, 64, (8, 17))
+    rows[np.random.default_rng(2).random((8, 17)) < 0.2] = EOT
+    rows[np.random.default_rng(3).random((8, 17)) < 0.3] ^= -1
+    model, tx = gpt2.GPT2(config), optax.sgd(0.5)
+    step = make_train_step(model, tx, train, documents=BOTH_RESET)
+    state = init_state(model, tx, 0)._replace(params=params_of(config))
+    if not mesh_sizes:
+        state, figures = jax.jit(step)(state, jnp.asarray(rows, jnp.int32))
+        return float(figures["loss"]), jax.device_get(state.params)
+    mesh = sharding.make_mesh(MeshConfig(**mesh_sizes))
+    with jax.sharding.set_mesh(mesh):
+        state = jax.device_put(state, sharding.shardings(mesh, state))
+        tokens_BW = sharding.put_rows(lambda start, stop: rows[start:stop], rows.shape, jnp.int32, mesh)
+        state, figures = jax.jit(step)(state, tokens_BW)
+    return float(figures["loss"]), jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("blocked", "tensor and context"))) for name in STEPS])
+def test_a_step_with_documents_is_the_same_on_every_mesh_and_by_every_implementation(name):
+    (loss, params), (expected_loss, expected) = one_step(name), one_step()
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, expected)
+
+
+def test_where_nothing_is_asked_for_the_step_computes_nothing_of_documents():
+    assert objectives.documents_of(DataConfig(), 256) is None
+    assert objectives.documents_of(DataConfig(reset_positions=True), 256) == objectives.Documents(256, attention=False, positions=True)
+    config = Config(name="test", model=override(READER, {"vocab_size": 64}), train=TrainConfig(batch_size=8), mesh=MeshConfig(data=8))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.sharding.set_mesh(mesh):
+        plain, told = (lower_step(config, gpt2.GPT2(config.model), mesh, 8, documents).as_text() for documents in (None, BOTH_RESET))
+    assert "cumsum" in told and "cummax" in told and "cumsum" not in plain and "cummax" not in plain

@@ -62,7 +62,8 @@ def test_the_commands_of_the_readme_work(clone, capfd):
 
 
 def test_the_python_of_the_readme_works(clone, capfd):
-    talk, ablation = blocks("python")
+    text, talk, ablation = blocks("python")
+    exec(text, {})
     exec(talk, {})
     assert capfd.readouterr().out
     (clone / "experiments" / "parallel_block.py").write_text(ablation)
@@ -96,7 +97,7 @@ PROVOKED = {
     "Another process uses the directory": ["test_lock.py::test_a_second_run_in_the_directory_is_refused_with_the_owner_named"],
     "Another machine has taken over the run in a bucket": ["test_runs_gcs.py::test_of_two_machines_the_one_that_began_last_goes_on"],
     "The directory cannot be written to": ["test_lock.py::test_a_directory_that_cannot_be_written_to_is_refused"],
-    "A token shard is damaged": ["data/test_tokens.py::test_a_damaged_shard_is_named_with_its_sizes"],
+    "A token shard is damaged": ["data/test_prepare.py::test_a_damaged_shard_is_named_with_its_sizes"],
     "The newest checkpoint is damaged; one before it is whole": [
         "test_runs.py::test_a_finished_run_whose_last_checkpoint_is_damaged_takes_its_last_steps_again"
     ],

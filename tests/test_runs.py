@@ -47,7 +47,7 @@ def test_a_run_explains_itself(tiny_run):
     folder = tiny_run.folder
     assert {path.name for path in folder.iterdir()} == set(
         "config.json run.json history.jsonl code tokens tokenizer metrics.jsonl tensorboard checkpoints".split()
-        + "evaluation.json samples.txt hf report.html loss.png".split()
+        + "evaluation.json samples.txt hf report.html loss.png audit.html".split()
         + ["compiled"] * ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
     )
     config = from_json((folder / "config.json").read_text())
@@ -494,6 +494,7 @@ shutil.copytree(disk / "run", undisturbed.with_name("run"))
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_says_so_and_with_space_again_ends_as_an_undisturbed_one(tiny_experiment, tmp_path):
     (tmp_path / "disk").mkdir()
     as_root = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.getuid() else [])]

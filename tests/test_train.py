@@ -1,20 +1,25 @@
 """The loop: a known curve, resuming bit for bit, and a step that depends on nothing but its inputs."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
+import math
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm_jax import checkpoint
-from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
-from mlm_jax.data.batches import Batches
+from mlm_jax import checkpoint, evaluate, objectives, optim, sharding, storage
+from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, MixedSourceConfig, ModelConfig, OptimConfig, TrainConfig, override
+from mlm_jax.data.batches import Batches, training_batches, validation_windows
 from mlm_jax.data.tokens import open_tokens
 from mlm_jax.metrics import MEASURED, MetricsFile, read_metrics
 from mlm_jax.model import gpt2
-from mlm_jax.train import train
+from mlm_jax.train import init_state, train
+from tests.conftest import documents, write_tokens
 
 CONFIG = Config(
     name="test",
@@ -215,3 +220,85 @@ def test_the_time_that_a_batch_takes_is_named_where_the_devices_wait_for_it(toke
     first = found[0]
     assert first["data_s"] > 0.1 and first["step_s"] >= first["idle_s"] >= first["data_s"]
     assert first["programs"] > 0 and first["compile_s"] > 0 and "compile_s" not in found[1]
+
+
+# ---- mixtures, packed rows, documents, and tokens in a bucket ----
+
+SOURCES = {"web": documents(0, 40, prompts=True), "books": documents(1, 25)}
+DATA = DataConfig(
+    mixture=(MixedSourceConfig(source="web.txt", name="web", weight=3.0), MixedSourceConfig(source="books.txt", name="books", weight=1.0)),
+    tokenizer="byte",
+    packing="first_fit",
+    reset_attention=True,
+    reset_positions=True,
+)
+MIXED = override(
+    CONFIG, {"train.steps": 2, "train.eval_windows": 99, "train.eval_every": 0, "train.save_every": 0, "optim.warmup_steps": 1, "model.dropout": 0.0}
+)
+MIXED = dataclasses.replace(MIXED, data=DATA)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("mixed") / "tokens", SOURCES)
+
+
+def nats_alone(model, params, rows):
+    """The mean cost of the tokens that are learned, each document of the rows, which are as `Batches` gives them, read alone."""
+    cost = jax.jit(lambda tokens: objectives.cross_entropy(model.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])[0])
+    found = []
+    for row in rows:
+        ids = np.where(row < 0, ~row, row)
+        begins = [0, *(i for i in range(1, 16) if ids[i] == 256), 16]
+        for a, b in itertools.pairwise(begins):
+            padded = np.zeros((1, 17), np.int32)  # the model is causal: what follows changes nothing before it
+            padded[0, : b - a + 1] = ids[a : b + 1]
+            found += np.asarray(cost(padded))[: b - a][row[a + 1 : b + 1] >= 0].tolist()
+    return sum(found) / len(found)
+
+
+@pytest.mark.slow
+def test_documents_of_a_mixture_are_trained_and_evaluated_as_if_each_were_alone(mixed, tmp_path, capfd):
+    model, batches = gpt2.GPT2(MIXED.model), training_batches(MIXED, mixed)
+    state, rows = run(MIXED, mixed, tmp_path)
+    said = capfd.readouterr().err
+    fill = batches.shares(2)[0].fill
+    assert f"web: 75.00% of the rows, 12, {12 / batches._sources[0].per_epoch:.3g} epochs; {fill:.1%} of its rows is text" in said
+    assert "books: 25.00% of the rows, 4, " in said
+    first = jax.jit(lambda: init_state(model, optim.optimizer(MIXED.optim, 2), 0).params)()
+    assert rows[0]["loss"] == pytest.approx(nats_alone(model, first, batches(0)), rel=1e-4)
+
+    val = open_tokens(mixed, "val")
+    starts = range(0, len(val) - 1, 16)
+    windows = [val.read_many([a], min(17, len(val) - a))[0] for a in starts]
+    windows = [np.concatenate([window, np.full(17 - len(window), ~0)]) for window in windows]
+    wanted = nats_alone(model, state.params, windows)
+    assert [row["val_loss"] for row in rows if "val_loss" in row] == [pytest.approx(wanted, rel=1e-4)]
+    told = objectives.documents_of(MIXED.data, 256)
+    measured = evaluate.measure(model, state.params, val, sharding.make_mesh(MIXED.mesh), n_bytes=500, n_characters=400, documents=told)
+    assert measured["val_loss"] == pytest.approx(wanted, rel=1e-4)
+    assert measured["val_tokens"] == validation_windows(val, 16).batch(0, 99)[1].sum() < len(val) - 1
+    assert measured["val_bits_per_byte"] == pytest.approx(wanted * (len(val) - 1) / math.log(2) / 500, rel=1e-4)
+
+
+def test_a_skipped_batch_of_a_mixture_is_named_by_sources_and_where_it_begins_in_them(mixed, tmp_path, monkeypatch, capfd):
+    causal = objectives.causal
+    monkeypatch.setattr(objectives, "causal", lambda tokens_BW: causal(tokens_BW)._replace(weights_BT=jnp.full((8, 16), jnp.nan)))
+    config = override(MIXED, {"train.steps": 1, "train.seed": 1})
+    _, rows = run(config, mixed, tmp_path)
+    starts = training_batches(config, mixed).starts(0, 0, 8)
+    assert rows[0]["skipped"] == starts and {where.partition(":")[0] for where in starts} == {"web", "books"}
+    assert f"its batch begins at training tokens {', '.join(starts)}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_tokens_in_a_bucket_train_the_same_run_as_those_on_disk(mixed, tmp_path):
+    from tests.gcs_emulator import serve
+
+    config = override(MIXED, {"train.steps": 2})
+    _, expected = run(config, mixed, tmp_path / "disk")
+    with serve():
+        place = storage.place("gs://bucket/tokens")
+        storage.send(mixed, [path.name for path in mixed.iterdir()], place)
+        _, rows = run(config, place, tmp_path / "bucket")
+    assert repeatable(rows) == repeatable(expected)

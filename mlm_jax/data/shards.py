@@ -48,7 +48,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One part of the text; bytes are UTF-8, and like characters leave out `<|endoftext|>`, which tokens include, one per document."""
+    """One part of the text; bytes are UTF-8, and like characters leave out prompts and `<|endoftext|>`, which tokens include."""
 
     tokens: int
     bytes: int
@@ -57,6 +57,7 @@ class Split:
     shards: tuple[Shard, ...]
     starts: str = ""  # the file with where each document starts, and its SHA-256
     starts_sha256: str = ""
+    prompt_tokens: int = 0  # that are not learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class SourceTokens:
 
     name: str  # empty for one that is alone
     detail: str  # what stood behind it
+    split_by: str  # hash, position, or file: by the names of published shards
     splits: dict[str, Split]
 
 
@@ -76,9 +78,9 @@ class Manifest:
     tokenizer: str
     vocab_size: int
     eot_id: int
-    split_by: str  # hash or position
     sources: tuple[SourceTokens, ...]
     audit: dict[str, Any]
+    lists: dict[str, str]  # the files and sets that cleaning read, with what stood behind them
 
     @property
     def token_bytes(self) -> int:
@@ -103,7 +105,8 @@ class Manifest:
 
 
 def _joined(splits: list[Split]) -> Split:
-    sums = {name: sum(getattr(split, name) for split in splits) for name in ("tokens", "bytes", "characters", "documents")}
+    names = ("tokens", "bytes", "characters", "documents", "prompt_tokens")
+    sums: dict[str, Any] = {name: sum(getattr(split, name) for split in splits) for name in names}
     return Split(**sums, shards=tuple(shard for split in splits for shard in split.shards))
 
 
@@ -152,7 +155,7 @@ def write_shards(
     """
     magic, version, dtype = _FORMATS[token_bytes] if ending == ".bin" else (0, 0, np.dtype("u1"))
     shards: list[Shard] = []
-    left, room = n_tokens, 0
+    left, room, head = n_tokens, 0, b""
     with contextlib.ExitStack() as stack:
         for part in parts:
             while len(part):
@@ -162,11 +165,11 @@ def write_shards(
                     file = stack.enter_context(path.open("wb"))
                     header = np.zeros(HEADER_INTS, "<i4")
                     header[:3] = magic, version, size
-                    raw = header.tobytes() if ending == ".bin" else b""
-                raw += part[:room].astype(dtype).tobytes()
+                    head = header.tobytes() if ending == ".bin" else b""
+                raw = head + part[:room].astype(dtype).tobytes()
                 file.write(raw)
                 digest.update(raw)
-                written, part, raw = min(room, len(part)), part[room:], b""
+                written, part, head = min(room, len(part)), part[room:], b""
                 left, room = left - written, room - written
                 if not room:
                     file.close()
@@ -202,3 +205,24 @@ def check_shard(name: str, shard: Shard, token_bytes: int, size: int, header: In
         raise InputError("data.tokens", name, reason, REMEDY)
     if header is not None and header[2] != shard.tokens:
         raise InputError("data.tokens", name, f"its header says {header[2]} tokens, manifest.json {shard.tokens}", REMEDY)
+
+
+def kind_of(path: Path, token_bytes: int) -> tuple[bool, int]:
+    """Whether a file that others made has a header, and how many tokens are in it.
+
+    Raises:
+      InputError: it is a shard of ids of another width, empty, or no whole number of tokens.
+    """
+    size, magic = path.stat().st_size, np.fromfile(path, "<i4", count=1)
+    remedy = "Fetch the file again, or name the tokenizer that it was made with as data.tokenizer"
+    for width, (known, _, _) in _FORMATS.items():
+        if len(magic) and magic[0] == known:
+            if width != token_bytes:
+                raise InputError("data.source", str(path), f"holds ids of {width} bytes, and those of the tokenizer have {token_bytes}", remedy)
+            header = np.fromfile(path, "<i4", count=3)
+            if len(header) < 3 or header[2] <= 0:
+                raise InputError("data.source", str(path), "its header says that it holds no tokens", remedy)
+            return True, int(header[2])
+    if not size or size % token_bytes:
+        raise InputError("data.source", str(path), f"{size} bytes are no whole number of tokens of {token_bytes} bytes", remedy)
+    return False, size // token_bytes
