@@ -181,7 +181,7 @@ def test_another_configuration_other_tokens_and_other_files_are_refused(finished
     # this directory has copies of that run, and serves no other one
     here = tmp_path / "runs" / "finished"
     assert "has copies of the run in gs://bucket/runs/finished" in refused(capsys, *argv[:2], "--out", str(here))
-    assert "holds code of gs://bucket/runs/finished" in refused(capsys, *argv[:2], "--out", "gs://bucket/other/finished")
+    assert "holds audit.html of gs://bucket/runs/finished" in refused(capsys, *argv[:2], "--out", "gs://bucket/other/finished")
     # a directory of another run
     shutil.rmtree(here)
     here.mkdir()
