@@ -254,9 +254,8 @@ class CleanConfig:
     near_duplicates: bool = False  # MinHash (Broder 1997): of documents that share most of their word 5-grams one stays
     minhash_buckets: int = 14  # documents are near where all hashes of one bucket agree; Source: Penedo et al. 2024, section 3.4
     minhash_hashes: int = 8  # of a bucket: the chance to be found is 1 - (1 - similarity^hashes)^buckets
-    evaluation_sets: tuple[
-        str, ...
-    ] = ()  # sources, of tfds: and hf: also NAME@SPLIT (test); a document that shares a run of words with a text field of theirs is dropped
+    # Sources, of tfds: and hf: also NAME@SPLIT (test); a document that shares a run of words with a text field of theirs is dropped.
+    evaluation_sets: tuple[str, ...] = ()
     overlap_words: int = 13  # the length of such a run; Source: Brown et al. 2020, appendix C
 
     def __post_init__(self) -> None:

@@ -144,3 +144,19 @@ def documents(seed: int, n: int, *, longest: int = 30, prompts: bool = False) ->
         learned = np.arange(length) >= (draw.integers(0, length) if prompts else 0)
         made.append((draw.integers(0, 256, length), learned))
     return made
+
+
+@pytest.fixture(scope="module")
+def running():
+    """An emulator of Google Cloud Storage with the bucket `bucket`, for all tests of a module."""
+    from tests.gcs_emulator import serve
+
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    """`running`, which answers as it should again after the test."""
+    yield running
+    running.answer = lambda method, name: None

@@ -11,22 +11,10 @@ import pytest
 
 from mlm_jax import checkpoint, sharding, storage
 from mlm_jax.config import InputError, MeshConfig
-from tests.gcs_emulator import gcsfs, serve
+from tests.gcs_emulator import gcsfs
 
 # Of the requests that are under way when a save fails, some end after the loop that waited for them.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")]
-
-
-@pytest.fixture(scope="module")
-def running():
-    with serve() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    yield running
-    running.answer = lambda method, name: None
 
 
 def tree(seed):

@@ -12,7 +12,6 @@ import pytest
 from mlm_jax import checkpoint, cli, metrics, runs, status, storage
 from mlm_jax.config import InputError
 from tests.conftest import write_experiment
-from tests.gcs_emulator import serve
 from tests.test_distributed import refusals, run_processes
 
 ROOT = Path(__file__).parents[1]
@@ -31,18 +30,6 @@ def write(self, row):
         os.kill(os.getpid(), signal.{signal})
 MetricsFile.write = write
 """
-
-
-@pytest.fixture(scope="module")
-def running():
-    with serve() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    yield running
-    running.answer = lambda method, name: None
 
 
 @pytest.fixture(scope="module")

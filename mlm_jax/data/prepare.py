@@ -30,7 +30,19 @@ from mlm_jax.data.audit import Audit, merged, size
 from mlm_jax.data.document import Document, Dropped, Fault, Rule
 from mlm_jax.data.duplicates import digest_of
 from mlm_jax.data.executor import Executor
-from mlm_jax.data.shards import REMEDY, SHARD_TOKENS, SPLITS, Manifest, SourceTokens, Split, open_shard, read_manifest, write_manifest, write_shards
+from mlm_jax.data.shards import (
+    BIN,
+    REMEDY,
+    SHARD_TOKENS,
+    SPLITS,
+    Manifest,
+    SourceTokens,
+    Split,
+    open_shard,
+    read_manifest,
+    write_manifest,
+    write_shards,
+)
 from mlm_jax.storage import Place
 
 TASK_BYTES = 64 << 20  # of a source, that are cleaned and tokenised at once
@@ -211,7 +223,7 @@ def _enter(config: DataConfig, folder: Path, task_bytes: int) -> Work:
     """The work on these sources as they are now: what is there of it, or a new one. What can be found to be wrong at once is found here."""
     details = [sources.detail(source) for source in config.sources]
     for source in config.sources:
-        if source.source.startswith(published.BIN):
+        if source.source.startswith(BIN):
             published.check(source, config)
     tokenizer.byte_level().with_special(config.special_tokens)
     _CHAINS.clear()
@@ -221,7 +233,7 @@ def _enter(config: DataConfig, folder: Path, task_bytes: int) -> Work:
     slices = [
         Slice(i, parts)
         for i, source in enumerate(config.sources)
-        if not source.source.startswith(published.BIN)
+        if not source.source.startswith(BIN)
         for parts in _sliced(sources.parts(source), task_bytes)
     ]
     state = {
@@ -296,15 +308,13 @@ def _make(work: Work, executor: Executor, shard_tokens: int, say: Callable[[str]
     tokens, audits = [], {}
     for i, source in enumerate(config.sources):
         name = source.label if config.mixture else ""
-        if source.source.startswith(published.BIN):
+        if source.source.startswith(BIN):
             splits = published.read_splits(source, made, work.made, f"{name}_" if name else "")
         else:
             splits = {split: _assemble(work, i, split, f"{name}_{split}" if name else split, token_bytes, shard_tokens) for split in SPLITS}
             audits[source.label] = _audit(work, i)
         detail = json.loads((work.folder / "details.json").read_text(encoding="utf-8"))[i]
-        tokens.append(
-            SourceTokens(name=name, detail=detail, split_by="file" if source.source.startswith(published.BIN) else _split_by(cuts[i]), splits=splits)
-        )
+        tokens.append(SourceTokens(name=name, detail=detail, split_by="file" if source.source.startswith(BIN) else _split_by(cuts[i]), splits=splits))
     audit = {"sources": audits, "groups": groups, "tokenizers": _compared(work, made)}
     manifest = Manifest(
         config=config.for_tokens,

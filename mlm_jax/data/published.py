@@ -12,7 +12,6 @@ from mlm_jax.data import sources
 from mlm_jax.data.shards import SPLITS, Shard, Split, kind_of, open_shard
 from mlm_jax.data.tokenizer import Tokenizer
 
-BIN = "bin:"
 _CHUNK = 1 << 24  # tokens looked at at once
 
 

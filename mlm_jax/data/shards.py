@@ -22,6 +22,7 @@ from mlm_jax.config import Config, DataConfig, InputError, override
 from mlm_jax.storage import Place
 
 SPLITS = ("train", "val")
+BIN = "bin:"  # what the name of a source begins with that holds shards, which stay where they are
 SHARD_TOKENS = 100_000_000  # Source: karpathy/llm.c, dev/data/fineweb.py, shard_size
 
 # Source: karpathy/llm.c, dev/data/data_common.py, HEADERS_INFO: "gpt-2" and "llama-3".
@@ -134,7 +135,7 @@ def read_manifest(folder: Place) -> Manifest:
             if set(source.splits) != set(SPLITS):
                 raise ValueError("the splits are not ours")
             names = [name for split in source.splits.values() for name in (split.starts, *(shard.file for shard in split.shards)) if name]
-            if any(Path(name).name != name for name in names) and not stated.source.startswith("bin:"):
+            if any(Path(name).name != name for name in names) and not stated.source.startswith(BIN):
                 raise ValueError("a file is outside of the folder")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError("data.tokens", str(path), f"not a manifest of token shards ({type(e).__name__}: {e})", remedy) from e

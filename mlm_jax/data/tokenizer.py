@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlm_jax.config import DataConfig, InputError
+from mlm_jax.data.executor import cores
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -80,7 +80,7 @@ class Tokenizer:
         parts = [list(_pieces(text)) for text in texts]
         flat = [piece for text in parts for piece in text]
         if sum(map(len, texts)) >= _BULK and self._bulk:
-            encoded = iter(self._bulk.encode(flat, threads or _cores()))
+            encoded = iter(self._bulk.encode(flat, threads or cores()))
         else:
             encoded = (np.asarray(found.ids, np.int32) for found in self._core.encode_batch_fast(flat, add_special_tokens=False))
         return [_joined([next(encoded) for _ in text]) for text in parts]
@@ -407,11 +407,6 @@ def _letters_of(text: str) -> str:
 def _byte_of() -> dict[str, int]:
     """The byte that each printed letter of a vocabulary file stands for."""
     return {letter: byte for byte, letter in enumerate(_byte_letters())}
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _joined(parts: list[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "T"]:

@@ -9,15 +9,8 @@ import pytest
 from mlm_jax import storage
 from mlm_jax.config import DataConfig, InputError
 from mlm_jax.data import prepare, shards, tokens
-from tests.gcs_emulator import serve
 
 FOLDER = "gs://bucket/tokens"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,6 @@ def test_shards_in_a_bucket_are_those_on_disk_and_the_manifest_comes_last(server
     there, before_each = storage.place(FOLDER), []
     server.answer = lambda method, name: before_each.append(server.names()) if method == "POST" else None
     made = prepare.prepare(config, there, scratch=tmp_path / "scratch")
-    server.answer = lambda method, name: None
     assert prepare.prepare(config, tmp_path / "disk") == made == shards.read_manifest(there)
     assert {name.removeprefix("tokens/") for name in server.names()} >= {*made.files, "manifest.json", "tokenizer/tokenizer.json"}
     assert server.names() - before_each[-1] == {"tokens/manifest.json"}

@@ -112,20 +112,6 @@ def test_tokens_of_which_nobody_wrote_down_where_documents_start_say_so():
 # ---- in a bucket ----
 
 
-@pytest.fixture(scope="module")
-def running():
-    from tests.gcs_emulator import serve
-
-    with serve() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    yield running
-    running.answer = lambda method, name: None
-
-
 def sent(folder, name):
     place = storage.place(f"gs://bucket/{name}")
     storage.send(folder, [path.name for path in folder.iterdir()], place)

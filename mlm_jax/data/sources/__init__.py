@@ -11,12 +11,12 @@ from types import ModuleType
 
 from mlm_jax.config import InputError, SourceConfig
 from mlm_jax.data.document import Document, Fault
+from mlm_jax.data.shards import BIN
 from mlm_jax.data.sources import fields, files, hugging_face, python_docs, tfds
 from mlm_jax.data.sources.base import EMPTY_FILE, MAX_DOCUMENT, Part, Record
 
 __all__ = ["MAX_DOCUMENT", "Part", "detail", "documents", "is_there", "parts", "passed_over", "read", "records", "token_files"]
 
-_TOKENS = "bin:"
 _PROBED = 100  # of a part at most, until a record is met
 
 
@@ -71,7 +71,7 @@ def documents(source: SourceConfig) -> Iterator[Document]:
 
 def passed_over(source: SourceConfig) -> Iterator[Fault]:
     """The files where the source is that are none of its parts."""
-    if not source.source.startswith(_TOKENS) and _reader(source) is files:
+    if not source.source.startswith(BIN) and _reader(source) is files:
         yield from files.passed_over(source.source)
 
 
@@ -102,7 +102,7 @@ def detail(source: SourceConfig) -> str:
     Raises:
       InputError: it is missing or of an unknown kind.
     """
-    if source.source.startswith(_TOKENS):
+    if source.source.startswith(BIN):
         return _sizes(token_files(source.source))
     reader = _reader(source)
     return _sizes(files.files(source.source)) if reader is files else reader.detail(source)
@@ -115,7 +115,7 @@ def is_there(source: str) -> bool:
     for library in (tfds, hugging_face):
         if source.startswith(library.PREFIX):
             return bool(library.folder_of(source))
-    source = os.path.expanduser(source.removeprefix(_TOKENS))
+    source = os.path.expanduser(source.removeprefix(BIN))
     return os.path.exists(source) or (files.is_pattern(source) and bool(files.matches(source)))
 
 
@@ -124,14 +124,14 @@ def _reader(source: SourceConfig) -> ModuleType:
     name = source.source
     if name == python_docs.NAME:
         return python_docs
-    if name.startswith(_TOKENS):
+    if name.startswith(BIN):
         raise InputError("data.source", name, "holds tokens, not text", "Leave out what is done to text, or name the text that they were made of")
     return tfds if name.startswith(tfds.PREFIX) else hugging_face if name.startswith(hugging_face.PREFIX) else files
 
 
 def token_files(source: str) -> list[Path]:
     """The files of a source of tokens. Raises InputError where there is none."""
-    name = os.path.expanduser(source.removeprefix(_TOKENS))
+    name = os.path.expanduser(source.removeprefix(BIN))
     path = Path(name)
     if path.is_dir():
         found = [file for file in files.walk(path, skip=lambda name: name.startswith(".")) if file.suffix == ".bin"]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mlm_jax.config import InputError, SourceConfig, one_of
+from mlm_jax.data.audit import size
 from mlm_jax.data.document import Document, Fault
 from mlm_jax.data.sources.base import MAX_DOCUMENT, Record, fault, not_text, printable, too_long
 
@@ -22,8 +23,8 @@ def document(record: Record, source: SourceConfig) -> Document | Fault:
             return not_text(record.where, "UTF-8", e, 0, record.bytes)
         if text is None:
             return fault(record.where, f"field {path} is not text", type(value).__name__, record.bytes)
-        if len(text) > MAX_DOCUMENT or (len(text) > MAX_DOCUMENT // 4 and _size(text) > MAX_DOCUMENT):
-            return too_long(record.where, _size(text))
+        if len(text) > MAX_DOCUMENT or (len(text) > MAX_DOCUMENT // 4 and size(text) > MAX_DOCUMENT):
+            return too_long(record.where, size(text))
         texts.append(text)
     url = _at(record.fields, source.url_field)
     url = url.decode("utf-8", "replace") if isinstance(url, bytes) else url
@@ -77,7 +78,3 @@ def _paths(fields: dict[str, Any]) -> list[str]:
     return [
         path for key, value in fields.items() for path in ([f"{key}.{rest}" for rest in _paths(value)] if isinstance(value, dict) else [str(key)])
     ]
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
