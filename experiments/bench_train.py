@@ -7,7 +7,7 @@ Work     the whole optimizer step: forward, backward, clipping at norm 1, AdamW 
          Our step is compiled as `train` does, with model.unroll_layers = True, as an experiment may set it. Each side is a process of its own
          with its own threads, on the same cores, and waits while the others work. On a CPU float32; beside PyTorch as it is, PyTorch that keeps
          freed memory as `mlm-jax` does (the allocator of the C library spares it page faults), in float32 and with bfloat16 autocast. On a GPU
-         bfloat16 on both sides, with the share of the peak (formula and peaks: mlm_jax/metrics.py)
+         bfloat16 on both sides, with the share of the peak (formula: mlm_jax/metrics.py; peaks: chips.py)
 Result   see README.md
 """
 
@@ -72,7 +72,7 @@ def ours(work: Work, folder: Path) -> tuple[Run, dict[str, Any]]:
     """Our step, and what is said about it."""
     import jax
 
-    from mlm_jax import huggingface, metrics, sharding
+    from mlm_jax import chips, huggingface, metrics, sharding
     from mlm_jax.model import gpt2
     from mlm_jax.train import first_state, lower_step
 
@@ -101,7 +101,7 @@ def ours(work: Work, folder: Path) -> tuple[Run, dict[str, Any]]:
         return [float(loss) for loss in losses]
 
     flops = work.tokens * metrics.flops_per_token(config.model, n_params)
-    return run, facts | {"precision": config.model.compute_dtype, "peak": metrics.peak_flops(device.device_kind), "flops": flops}
+    return run, facts | {"precision": config.model.compute_dtype, "peak": chips.peak_flops(device.device_kind), "flops": flops}
 
 
 def theirs(work: Work, folder: Path, threads: int) -> tuple[Run, dict[str, Any]]:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import secrets
 import sys
 import time
@@ -20,36 +19,6 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from mlm_jax import storage
 from mlm_jax.config import Config, InputError, ModelConfig
 
-# Peak dense bfloat16 FLOP/s (float16 where a GPU has no bfloat16) of one JAX device, by the start of its device_kind.
-# Source: cloud.google.com/tpu/docs (system architecture pages, per chip; v2, v3 and v7x devices are half a chip); NVIDIA data sheets.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v4 lite": 138e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "Tesla V100": 125e12,
-    "Tesla T4": 65e12,
-}
-
 # What differs between two runs of the same thing: seconds, speeds, bytes.
 MEASURED = frozenset(
     "tokens_per_s tokens_per_s_per_device mfu step_s idle_s data_s eval_s save_s compile_s programs programs_from_cache "
@@ -57,14 +26,6 @@ MEASURED = frozenset(
 )
 
 FLUSH_S = 30.0  # how long TensorBoard's figures may stay in memory
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device; None where it is not known (a CPU, say)."""
-    if "Laptop" in device_kind:  # with the name of a card that is quicker
-        return None
-    matches = [name for name in PEAK_FLOPS if re.match(rf"{name}(?![0-9A-Za-z])", device_kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def flops_per_token(config: ModelConfig, n_params: int) -> float:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mlm_jax import checkpoint, distributed, guard, history, metrics, objectives, observe, optim, sharding, watch
+from mlm_jax import checkpoint, chips, distributed, guard, history, metrics, objectives, observe, optim, sharding, watch
 from mlm_jax.config import Config, TrainConfig
 from mlm_jax.data.batches import training_batches, validation_windows
 from mlm_jax.data.shards import read_manifest
@@ -216,7 +216,7 @@ def train(
         compiled = observe.compilation().since(compiled_before)
         extra: dict[str, Any] = compiled._asdict()  # what else the first row holds
         n_params, device = gpt2.n_params(abstract.params), jax.devices()[0].device_kind
-        flops, peak = metrics.flops_per_token(config.model, n_params), metrics.peak_flops(device)
+        flops, peak = metrics.flops_per_token(config.model, n_params), chips.peak_flops(device)
 
         past = history.History(run / "history.jsonl")
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from the layers above its own and from its own layer, never from one below; "data" stands for the whole folder.
 LAYERS = (
-    ("config", "distributed", "lock", "page", "sharding", "status", "stopping", "storage"),
+    ("chips", "config", "distributed", "lock", "page", "sharding", "status", "stopping", "storage"),
     ("data", "model", "objectives", "optim"),
     ("checkpoint", "copies", "experiment", "history", "huggingface", "metrics", "observe", "watch", "weights"),
     ("train", "guard", "decode", "evaluate"),
