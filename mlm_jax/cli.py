@@ -60,11 +60,11 @@ def _execute(args: argparse.Namespace, argv: list[str]) -> int:
         if getattr(args, "supervise", False):
             return _supervise(args, argv)
         leads, stdout = True, sys.stdout
-        if _several(args):
+        if getattr(args, "distributed", False) and (args.coordinator, args.processes, args.process) != (None, None, None):
+            raise InputError("--distributed", "", "detects what --coordinator, --processes and --process say", "Leave it out, or them")
+        if _several(args) and args.verb is not doctor:
             from mlm_jax import distributed
 
-            if args.distributed and (args.coordinator, args.processes, args.process) != (None, None, None):
-                raise InputError("--distributed", "", "detects what --coordinator, --processes and --process say", "Leave it out, or them")
             timeout = distributed.TIMEOUT_S if args.join_timeout is None else args.join_timeout
             distributed.start(args.coordinator, args.processes, args.process, timeout=timeout)
             leads, stdout = distributed.leads(), os.fdopen(os.dup(1), "w")
@@ -72,7 +72,7 @@ def _execute(args: argparse.Namespace, argv: list[str]) -> int:
         result = args.verb(args)
         if args.json and leads:
             print(json.dumps(result), file=stdout, flush=True)
-        return status.DONE
+        return status.FAILED if args.verb is doctor and result["failed"] else status.DONE
     except (Exception, KeyboardInterrupt) as e:
         ended, line = _ending(e, args)
         with contextlib.suppress(OSError):  # of a log on a full disk
@@ -157,11 +157,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--supervise", action="store_true", help="start it again whenever it fails, but for bad input, until it is done")
             sub.add_argument("--profile", default="", metavar="FIRST:LAST", help="write a trace of these steps, both included, into profile/")
             sub.add_argument("--wandb", default="", metavar="PROJECT", help="send the figures to Weights & Biases too")
-        sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
-        sub.add_argument("--coordinator", metavar="HOST:PORT", help="where neither does: an address and a free port of process 0, with")
-        sub.add_argument("--processes", type=int, metavar="N", help="how many processes there are, and")
-        sub.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 to N - 1")
-        sub.add_argument("--join-timeout", type=float, metavar="SECONDS", help="how long to wait for the others (default 300)")
+        _joining(sub)
 
     sub = verb("evaluate", evaluate, "measure a model's loss on its run's validation split, or on a text")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -199,10 +195,24 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("report", report, "write report.html and loss.png of a run")
     sub.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+
+    sub = verb("doctor", doctor, "look whether this machine, a bucket or a whole pod is fit to train; each fault comes with its remedy")
+    sub.add_argument("--out", default="runs", metavar="DIR", help="where runs are to be written, or gs://BUCKET/FOLDER (default: runs)")
+    sub.add_argument("--devices", type=int, metavar="N", help="how many devices all processes together should have")
+    _joining(sub)
     return top
 
 
 MODEL_HELP = "a run directory or gs://BUCKET/FOLDER, a checkpoint (RUN@STEP, or RUN@best by validation loss), a Hugging Face directory or a hub name"
+
+
+def _joining(sub: argparse.ArgumentParser) -> None:
+    """The flags that say which other processes there are."""
+    sub.add_argument("--distributed", action="store_true", help="join the other processes of this run, as the TPU pod or Slurm says")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="where neither does: an address and a free port of process 0, with")
+    sub.add_argument("--processes", type=int, metavar="N", help="how many processes there are, and")
+    sub.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 to N - 1")
+    sub.add_argument("--join-timeout", type=float, metavar="SECONDS", help="how long to wait for the others (default 300)")
 
 
 def _settings(sub: argparse.ArgumentParser, config: type, without: tuple[str, ...]) -> None:
@@ -406,6 +416,16 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax.report import write_report
 
     return {"report": str(write_report(_on_disk("RUN", args.run)))}
+
+
+def doctor(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import doctor
+
+    given = {name: value for name in doctor.Wanted._fields if (value := getattr(args, name)) is not None}
+    findings = doctor.examine(doctor.Wanted(**given))
+    if not args.json:
+        print(doctor.words(findings))
+    return {"findings": [finding._asdict() for finding in findings], "failed": sum(finding.state == doctor.FAILED for finding in findings)}
 
 
 if __name__ == "__main__":

@@ -383,8 +383,36 @@ def published(name: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in _store().key_value_dir_get(f"mlm_jax/{name}/")}
 
 
+def number() -> int:
+    """The number of this process among those of its run; no device is asked."""
+    return _state().process_id or 0
+
+
+def gathered(name: str, value: str, timeout: float) -> dict[int, str]:
+    """What each process says under `name`, a new one each time, once all have, or without those that have not within `timeout` seconds.
+
+    All call it together. It needs no device, so that it also works before they do.
+    """
+    if not jax.distributed.is_initialized():
+        return {0: value}
+    client, deadline, said = _store(), time.monotonic() + timeout, {}
+    client.key_value_set(f"mlm_jax/{name}/{number()}", value)
+    for i in range(_state().num_processes):
+        left_ms = max(int(1000 * (deadline - time.monotonic())), 1)
+        try:
+            said[i] = client.blocking_key_value_get(f"mlm_jax/{name}/{i}", left_ms)
+        except jax.errors.JaxRuntimeError as e:
+            if "DEADLINE_EXCEEDED" not in str(e):
+                raise
+    return said
+
+
 def _store() -> Any:
     """The keys and values that JAX keeps at process 0 for all."""
+    return _state().client
+
+
+def _state() -> Any:
     from jax._src import distributed  # no public name
 
-    return distributed.global_state.client
+    return distributed.global_state

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,8 +139,8 @@ def read_ranges(parts: Sequence[tuple[epath.Path, int, int]]) -> list[bytes]:
     return found
 
 
-def check_writable(folder: epath.Path, *, field: str = "--out") -> None:
-    """Writes a file into a folder of a bucket and takes it away again.
+def check_writable(folder: epath.Path, *, field: str = "--out") -> float:
+    """Writes a file into a folder of a bucket, reads it and takes it away; returns how many seconds the bucket's clock is ahead of this machine's.
 
     Raises:
       InputError: the bucket is not there, or does not let this be done.
@@ -147,11 +148,16 @@ def check_writable(folder: epath.Path, *, field: str = "--out") -> None:
     """
     import fsspec.asyn
 
-    path = str(folder / f".writable_{secrets.token_hex(4)}")
+    name = f".writable_{secrets.token_hex(4)}"
+    path, text = str(folder / name), name.encode()
     remedy = "See to the name of the bucket, the network and the permissions (storage.objects: create, get, list, delete)"
     try:
         buckets = _buckets()
-        fsspec.asyn.sync(buckets.loop, buckets._pipe_file, path, b"", timeout=WAIT_S)
+        before = time.time()
+        fsspec.asyn.sync(buckets.loop, buckets._pipe_file, path, text, timeout=WAIT_S)
+        after = time.time()
+        made: Any = fsspec.asyn.sync(buckets.loop, buckets._info, path, timeout=WAIT_S)
+        same = fsspec.asyn.sync(buckets.loop, buckets._cat_file, path, timeout=WAIT_S) == text
         fsspec.asyn.sync(buckets.loop, buckets._rm_file, path, timeout=WAIT_S)
     except FileNotFoundError as e:
         raise InputError(field, str(folder), "there is no such bucket", remedy) from e
@@ -161,6 +167,10 @@ def check_writable(folder: epath.Path, *, field: str = "--out") -> None:
         if isinstance(e, ConnectionError) or type(e).__module__.startswith("aiohttp.") or getattr(e, "code", 0) in (429, *range(500, 600)):
             raise NotReached(f"{folder} cannot be reached: {first_line(e)}") from e
         raise InputError(field, str(folder), f"cannot be written to ({first_line(e)})", remedy) from e
+    if not same:
+        raise InputError(field, str(folder), "gives back other bytes than were written", "See what is between this machine and the bucket")
+    at = made["mtime"].timestamp()
+    return at - min(max(at, before), after)
 
 
 def send(folder: Path, names: Sequence[str], home: epath.Path) -> None:
