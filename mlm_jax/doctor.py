@@ -206,7 +206,7 @@ def satisfies(version: str, specifiers: str) -> bool:
 
     for specifier in filter(None, map(str.strip, specifiers.split(","))):
         _, operator, other = re.split(r"([~=!<>]+)", specifier)
-        ours, theirs = numbers(version), numbers(other)
+        ours, theirs = numbers(version), numbers(other.strip())
         width = len(theirs) if other.endswith("*") else max(len(ours), len(theirs))
         ours, prefix = (ours + [0] * width)[:width], theirs[:-1]
         theirs += [0] * (width - len(theirs))
@@ -236,19 +236,16 @@ def packages() -> Finding:
 
 def jax_family() -> Finding:
     """jaxlib, libtpu and the CUDA plugin are those that the installed jax asks for."""
-    extras, wrong = {"": ""}, []
-    for name, extra in (("libtpu", "tpu"), ("jax-cuda12-plugin", "cuda12"), ("jax-cuda13-plugin", "cuda13")):
-        if installed(name):
-            extras[extra] = name
-    asked = [need for need in requirements("jax") if need.name in ("jaxlib", *extras.values()) and need.extra in extras]
-    for name, specifiers, _ in dict.fromkeys(asked):
-        if not satisfies(installed(name), specifiers):
-            wrong.append(f"{name} {installed(name) or 'is missing'}, not {specifiers}")
-    versions = ", ".join(f"{name} {installed(name)}" for name in ("jax", "jaxlib", *filter(None, extras.values())) if installed(name))
+    plugins = (("libtpu", "tpu"), ("jax-cuda12-plugin", "cuda12"), ("jax-cuda13-plugin", "cuda13"))
+    extras = {extra: name for name, extra in plugins if installed(name)}
+    asked = [need for need in requirements("jax") if need.name in ("jaxlib", *extras.values()) and need.extra in ("", *extras)]
+    wrong = {need.name: need.specifiers for need in asked if not satisfies(installed(need.name), need.specifiers)}
+    saw = ", ".join(f"{name} {installed(name) or 'is missing'}" for name in ("jax", "jaxlib", *extras.values()))
     if wrong:
-        chosen = ",".join(filter(None, extras))
-        return Finding("jax", FAILED, f"{versions}: {'; '.join(wrong)}", f'pip install "jax{f"[{chosen}]" if chosen else ""}=={installed("jax")}"')
-    return Finding("jax", OK, versions)
+        saw += f"; jax wants {', '.join(f'{name}{specifiers}' for name, specifiers in wrong.items())}"
+        chosen = f"[{','.join(extras)}]" if extras else ""
+        return Finding("jax", FAILED, saw, f'pip install "jax{chosen}=={installed("jax")}"')
+    return Finding("jax", OK, saw)
 
 
 def runtime(out: str, environ: Mapping[str, str] = os.environ) -> Finding:

@@ -50,7 +50,7 @@ def test_help_needs_no_heavy_library():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", ["run", "prepare", "train", "evaluate", "generate", "chat", "import", "export", "report"])
+@pytest.mark.parametrize("verb", ["run", "prepare", "train", "evaluate", "generate", "chat", "import", "export", "report", "doctor"])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main([verb, "--help"])

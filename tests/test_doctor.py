@@ -1,0 +1,631 @@
+"""A healthy machine has nothing to be found fault with; each fault that is planted is found, and gone once its own remedy is carried out."""
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from packaging.specifiers import SpecifierSet  # pytest needs it
+
+from mlm_jax import cli, doctor, status, storage
+from tests.test_distributed import free_port, run_processes
+
+ROOT = Path(__file__).parents[1]
+WORKERS = {0: "a", 1: "b", 2: "c"}
+
+
+def python(code: str, *argv: object, shell: str = "", **env: str) -> str:
+    """What a child that executes `code` prints, in a shell that has executed `shell` before."""
+    command = f"{shell or ':'}; exec {shlex.join([sys.executable, '-c', code, *map(str, argv)])}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def finding(text: str) -> doctor.Finding:
+    return doctor.Finding(*json.loads(text))
+
+
+def only(findings, check: str) -> doctor.Finding:
+    """The finding of this check; every one that is not ok has a remedy."""
+    assert all(bool(found.remedy) == (found.state != doctor.OK) for found in findings), findings
+    (found,) = (found for found in findings if found.check == check)
+    return found
+
+
+def examined(capfd, *argv: object) -> tuple[int, list[doctor.Finding]]:
+    """The exit status and the findings of the command."""
+    ended = cli.main(["doctor", *map(str, argv), "--json"])
+    said = json.loads(capfd.readouterr().out)
+    findings = [doctor.Finding(**found) for found in said["findings"]]
+    assert said["failed"] == sum(found.state == doctor.FAILED for found in findings) and ended == (1 if said["failed"] else 0)
+    return ended, findings
+
+
+# ---- the whole examination ----
+
+
+def test_a_healthy_machine_is_found_fit_and_another_number_of_devices_than_expected_is_not(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    ended, findings = examined(capfd, "--out", tmp_path / "run", "--devices", 8)
+    wrong = only(findings, "devices")
+    assert ended == status.FAILED and wrong.state == doctor.FAILED and wrong.saw == "2 cpu (cpu); 8 were expected"
+    remedy = wrong.remedy.rpartition("say ")[2]
+    assert remedy == "--devices 2"
+    ended, findings = examined(capfd, "--out", tmp_path / "run", *remedy.split())
+    assert ended == status.DONE and [found for found in findings if found.state == doctor.FAILED] == []
+    assert only(findings, "collective").saw.startswith("2 devices have the right answers; all-reduce of 16 MiB: ")
+    assert [found.check for found in findings] == (
+        ["python", "packages", "jax", "runtime", "tpu in use", "open files", "memory", "disk", "out", "devices", "compilation cache", "collective"]
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_xla_does_not_know_is_named_and_does_not_take_the_other_findings_with_it(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
+    assert cli.main(["doctor", "--out", str(tmp_path / "run")]) == status.FAILED
+    lines = capfd.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("FAILED   devices "))
+    assert "Unknown flag in XLA_FLAGS: --xla_nonsense" in lines[at]
+    assert lines[at + 1].strip() == "-> Take --xla_nonsense=1 out of the environment variable XLA_FLAGS"  # without it the test above passes
+    assert any(line.startswith("ok       out ") for line in lines) and lines[-1].startswith("10 findings: ") and lines[-1].endswith("1 failed")
+
+
+def test_processes_that_do_not_come_are_named(tmp_path):
+    wanted = doctor.Wanted(str(tmp_path), coordinator=f"127.0.0.1:{free_port()}", processes=4, process=0, join_timeout=1.0)
+    findings = doctor.examine(wanted, say=lambda line: None)
+    found = only(findings, "processes")
+    assert found.state == doctor.FAILED and f"processes 1, 2, 3 of 4 did not come to {wanted.coordinator} within 1 s" in found.saw
+    assert only(findings, "devices").state == doctor.WARNING and "all processes" in found.remedy
+
+
+def test_arguments_that_make_no_sense_are_refused(capfd):
+    for argv, line in (
+        (["--devices", "0"], "mlm-jax: --devices = 0: below 1."),
+        (["--distributed", "--process", "0"], "mlm-jax: --distributed: detects what"),
+    ):
+        assert cli.main(["doctor", *argv]) == status.BAD_INPUT
+        assert capfd.readouterr().err.startswith(line)
+
+
+def test_a_check_that_fails_itself_is_a_finding_and_the_others_are_made(tmp_path, monkeypatch):
+    def broken(root):
+        raise RuntimeError("no such file\nand more")
+
+    monkeypatch.setattr(doctor, "memory", broken)
+    findings = doctor.local(doctor.Wanted(str(tmp_path / "run")), tmp_path)
+    assert only(findings, "memory")[1:3] == (doctor.FAILED, "RuntimeError: no such file") and only(findings, "out").state == doctor.OK
+
+
+def heard(code: str, limit: float = 30.0) -> list[doctor.Finding]:
+    """What is found of a process that executes `code` in place of the one that looks at the devices."""
+    say = f"import json, sys, time\ndef say(*what): print(json.dumps(what), flush=True)\nsay('stage', ['devices', {limit}])\n"
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen([sys.executable, "-c", say + code], stdout=pipe, stderr=errors, text=True) as other:
+        found = list(doctor._heard(other, errors, lambda line: None))
+        other.kill()
+    return found
+
+
+def test_a_process_that_hangs_or_ends_in_a_stage_is_a_finding_with_its_last_words():
+    found = heard("say('finding', ['processes', 'ok', '2 came', '', ''])\ntime.sleep(600)", 0.5)
+    assert found[0] == doctor.Finding("processes", "ok", "2 came")
+    assert only(found, "devices").saw == "no answer within 0.5 s"
+    (found,) = heard("import os\nprint('F0 first', file=sys.stderr, flush=True)\nos.abort()")
+    assert found.saw == "ended with status -6, its last words: F0 first" and found.remedy == doctor.REMEDIES["devices"]
+    said = "raise RuntimeError('ALREADY_EXISTS: The TPU is already in use by process with pid 1234. Not attempting to load libtpu.so')"
+    (found,) = heard(said)
+    assert "already in use by process with pid 1234" in found.saw and found.remedy == "kill 1234"
+    assert heard("say('stage', ['end', 30.0])") == []
+
+
+def test_one_line_stands_for_all_processes_that_are_fine_and_each_other_one_is_named():
+    found = [doctor.Finding("disk", doctor.OK, "80 GiB")]
+    found += [doctor.Finding("disk", doctor.OK, f"{i} GiB", process=f"process {i} (b)") for i in (5, 6)]
+    found += [
+        doctor.Finding("disk", doctor.FAILED, "full", "Free some space", "process 7 (c)"),
+        doctor.Finding("memory", doctor.WARNING, "low", "End some"),
+    ]
+    assert doctor.words(found).splitlines() == [
+        "ok       disk               80 GiB (ok in 2 more processes)",
+        "FAILED   disk               process 7 (c): full",
+        "                            -> Free some space",
+        "warning  memory             low",
+        "                            -> End some",
+        "5 findings: 3 ok, 1 warnings, 1 failed",
+    ]
+
+
+# ---- Python and packages ----
+
+
+def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
+    """An empty package that can be installed."""
+    info, extras = f"{name}-{version}.dist-info", {line.partition("extra == ")[2].strip('"') for line in requires} - {""}
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {line}" for line in requires)]
+    metadata += [f"Provides-Extra: {extra}" for extra in extras]
+    files = {
+        f"{info}/METADATA": "\n".join(metadata) + "\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        for path, text in files.items():
+            file.writestr(path, text)
+        file.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"]))
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """An environment that this process takes for its own: `place(name, version)` plants an empty package, `pip(command)` is a user's."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    wheel(folder, "jax", "0.10.2", "jaxlib<=0.10.2,>=0.10.1", 'libtpu==0.0.42.*; extra == "tpu"', 'jaxlib<=0.10.2,>=0.10.2; extra == "tpu"')
+    for name, versions in (("jaxlib", ("0.9.2", "0.10.1", "0.10.2")), ("libtpu", ("0.0.40", "0.0.42.1")), ("optax", ("0.1.9", "0.2.8"))):
+        for version in versions:
+            wheel(folder, name, version)
+    venv.create(tmp_path / "venv", with_pip=False)
+    packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    monkeypatch.syspath_prepend(packages)
+
+    def place(name: str, version: str) -> None:
+        for old in packages.glob(f"{name}-*.dist-info"):
+            shutil.rmtree(old)
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl") as file:
+            file.extractall(packages)
+        importlib.invalidate_caches()
+
+    def pip(command: str) -> None:
+        words = shlex.split(command)
+        assert words[:2] == ["pip", "install"]
+        where = ["--python", str(tmp_path / "venv"), "install", "--no-index", "--find-links", str(folder), "--quiet", "--disable-pip-version-check"]
+        subprocess.run([sys.executable, "-m", "pip", *where, *words[2:]], check=True, timeout=120)
+        importlib.invalidate_caches()
+
+    return SimpleNamespace(place=place, pip=pip)
+
+
+def test_wrong_versions_of_jaxlib_libtpu_and_another_package_are_found_and_set_right_by_their_remedies(environment):
+    for name, version in {"jax": "0.10.2", "jaxlib": "0.9.2", "libtpu": "0.0.42.1", "optax": "0.1.9"}.items():
+        environment.place(name, version)
+    right, remedy = doctor.Finding("jax", doctor.OK, "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1"), 'pip install "jax[tpu]==0.10.2"'
+    saw = "jax 0.10.2, jaxlib 0.9.2, libtpu 0.0.42.1; jax wants jaxlib<=0.10.2,>=0.10.2"
+    assert doctor.jax_family() == doctor.Finding("jax", doctor.FAILED, saw, remedy)
+    environment.pip(remedy)
+    assert doctor.jax_family() == right
+    environment.place("libtpu", "0.0.40")
+    saw = "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.40; jax wants libtpu==0.0.42.*"
+    assert doctor.jax_family() == doctor.Finding("jax", doctor.FAILED, saw, remedy)
+    environment.pip(remedy)
+    assert doctor.jax_family() == right
+    found = doctor.packages()
+    assert found[:3] == ("packages", doctor.FAILED, "optax 0.1.9, not >=0.2.8")
+    environment.pip(found.remedy)
+    assert doctor.packages().state == doctor.OK
+
+
+def test_without_a_plugin_the_oldest_jaxlib_that_jax_takes_is_right(environment, monkeypatch):
+    version = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: version(name) if name in ("jax", "jaxlib") else "")
+    environment.place("jax", "0.10.2")
+    environment.place("jaxlib", "0.10.1")
+    assert doctor.jax_family() == doctor.Finding("jax", doctor.OK, "jax 0.10.2, jaxlib 0.10.1")
+    environment.place("jaxlib", "0.9.2")
+    assert doctor.jax_family().remedy == 'pip install "jax==0.10.2"'
+
+
+def test_a_missing_package_is_named_unless_an_extra_alone_requires_it(monkeypatch):
+    installed = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: "" if name in ("grain", "wandb") else installed(name))
+    found = doctor.packages()
+    assert found.saw == "grain is missing, not >=0.2.18" and found.remedy == 'pip install "grain>=0.2.18"'
+
+
+def test_versions_are_compared_as_pip_compares_them():
+    versions = ["0.0.42", "0.0.42.1", "0.0.43", "0.10.1", "0.10.2", "0.12.0.1", "2", "2.0.0", "2.1", "10.0"]
+    specifiers = [
+        "",
+        ">=2",
+        "<2.1",
+        "==0.0.42.*",
+        "==2",
+        "!=2.1",
+        "<=0.10.2,>=0.10.1",
+        "<=0.12.0.1,>=0.12.0.1",
+        "~=0.10.1",
+        "~=2.0",
+        ">0.12",
+        "== 2.*",
+    ]
+    for version, specifier in itertools.product(versions, specifiers):
+        assert doctor.satisfies(version, specifier) == (version in SpecifierSet(specifier)), (version, specifier)
+    assert not doctor.satisfies("", ">=2")
+
+
+def test_what_a_package_requires_is_read_with_its_extras(environment):
+    environment.place("jax", "0.10.2")
+    assert doctor.requirements("jax") == [
+        ("jaxlib", "<=0.10.2,>=0.10.1", ""),
+        ("libtpu", "==0.0.42.*", "tpu"),
+        ("jaxlib", "<=0.10.2,>=0.10.2", "tpu"),
+    ]
+    assert ("etils", ">=1.14", "") in doctor.requirements("mlm_jax") and ("gcsfs", ">=2026.1", "gcs") in doctor.requirements("mlm_jax")
+
+
+def test_a_python_that_is_too_old_fails_and_one_newer_than_tested_is_worth_a_warning():
+    assert doctor.python((3, 10, 12))[1:3] == (doctor.FAILED, "3.10.12, and not >=3.11")
+    newer = doctor.python((3, 14, 0))
+    assert newer.state == doctor.WARNING
+    version = tuple(map(int, newer.remedy.rpartition("--python ")[2].split(".")))
+    assert doctor.python((*version, 1)) == doctor.Finding("python", doctor.OK, "3.13.1")
+
+
+# ---- where it runs ----
+
+
+def test_notebook_services_are_recognised_with_what_they_lack_and_where_to_write_instead():
+    colab, kaggle = {"COLAB_RELEASE_TAG": "release-1"}, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
+    found = doctor.runtime("runs", colab)
+    assert found.state == doctor.WARNING and "Colab (release-1)" in found.saw and "12 hours, and runs with it" in found.saw
+    assert "--out gs://BUCKET" in found.remedy and "below /content/drive" in found.remedy
+    for out in ("gs://BUCKET/run", "gs:/BUCKET/run", "/content/drive/MyDrive/run"):
+        assert doctor.runtime(out, colab).state == doctor.OK
+    found = doctor.runtime("runs", kaggle)
+    assert found.state == doctor.WARNING and "9 on a TPU; no network unless" in found.saw and "--out /kaggle/working/" in found.remedy
+    assert "up to 20 GB" in doctor.runtime("/kaggle/working/run", kaggle).saw and doctor.runtime("gs://b/run", kaggle).state == doctor.OK
+    assert doctor.runtime("runs", {}).state == doctor.OK
+
+
+def test_a_worker_of_a_pod_that_is_looked_at_alone_is_told_to_take_the_others_along():
+    pod = {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}
+    (found,) = doctor.alone(doctor.Wanted(), pod)
+    assert found.state == doctor.FAILED and "one of 4 workers" in found.saw
+    flag = found.remedy.rpartition("with ")[2]
+    assert doctor.alone(doctor.Wanted(**{flag.strip("-"): True}), pod) == []
+    assert doctor.alone(doctor.Wanted(), {}) == doctor.alone(doctor.Wanted(), {"TPU_WORKER_HOSTNAMES": "localhost"}) == []
+
+
+HOLDS = """
+import fcntl, sys
+held = [open(path, "r+b") for path in sys.argv[1:]]
+for file in held:
+    if "lockfile" in file.name:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("paths", [["dev/accel0"], ["dev/vfio/2"], ["tmp/libtpu_lockfile"], ["dev/accel1", "tmp/libtpu_lockfile"]])
+def test_a_process_that_has_the_tpu_is_named_and_gone_after_the_remedy(paths, tmp_path):
+    assert doctor.tpu_in_use(tmp_path) == doctor.Finding("tpu in use", doctor.OK, "there is none")
+    for name in ("dev/vfio/2", "dev/vfio/vfio", "dev/accel0", "dev/accel1", "tmp/libtpu_lockfile"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert doctor.tpu_in_use(tmp_path) == doctor.Finding("tpu in use", doctor.OK, "by no process")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLDS, *(str(tmp_path / name) for name in paths)], stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "holds\n"
+        found = doctor.tpu_in_use(tmp_path)
+        assert found.state == doctor.FAILED and f"process {holder.pid} ({sys.executable} -c" in found.saw
+        subprocess.run(shlex.split(found.remedy), check=True)
+        assert holder.wait(60) == -signal.SIGTERM
+    assert doctor.tpu_in_use(tmp_path).state == doctor.OK
+
+
+def test_a_lock_of_a_process_that_may_not_be_seen_and_a_lock_file_that_may_not_be_opened_are_found(tmp_path, monkeypatch):
+    lockfile = tmp_path / "tmp" / "libtpu_lockfile"
+    lockfile.parent.mkdir()
+    lockfile.touch()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(lockfile)], stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "holds\n"
+        monkeypatch.setattr(doctor, "_users", lambda paths: {})
+        found = doctor.tpu_in_use(tmp_path)
+        assert found.state == doctor.FAILED and f"{lockfile} is locked" in found.saw and f"sudo lsof -w {lockfile}" in found.remedy
+        holder.kill()
+    assert doctor.tpu_in_use(tmp_path).state == doctor.OK
+    opened = Path.open
+
+    def denied(self, *arguments, **named):
+        if self == lockfile:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", denied)
+    found = doctor.tpu_in_use(tmp_path)
+    assert found.state == doctor.FAILED and "cannot be opened (Permission denied)" in found.saw
+    subprocess.run(shlex.split(found.remedy.partition(", if ")[0].removeprefix("sudo ")), check=True)
+    assert doctor.tpu_in_use(tmp_path).state == doctor.OK
+
+
+def test_a_low_limit_of_open_files_is_raised_by_the_remedy():
+    code = "import json; from mlm_jax import doctor; print(json.dumps(doctor.open_files()))"
+    found = finding(python(code, shell="ulimit -Sn 256"))
+    assert found[1:3] == (doctor.WARNING, "256 at a time, fewer than 4096") and found.remedy.startswith("ulimit -n ")
+    assert finding(python(code, shell=f"ulimit -Sn 256; {found.remedy}")).state == doctor.OK
+    assert "limits.conf" in finding(python(code, shell="ulimit -n 256")).remedy
+
+
+def test_little_memory_is_found_also_in_a_container(tmp_path):
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+
+    def machine(available: int, most: str, used: int, files: int) -> doctor.Finding:
+        (tmp_path / "proc" / "meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable: {available >> 10} kB\nHugePages_Total:       0\n")
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 1\ninactive_file {files}\nactive_file 3\n")
+        return doctor.memory(tmp_path)
+
+    gib = 1 << 30
+    assert machine(3 * gib, "max", 9 * gib, 0)[1:3] == (doctor.WARNING, "3.0 GiB available, less than 4")
+    assert machine(64 * gib, str(8 * gib), 7 * gib, gib)[1:3] == (doctor.WARNING, "2.0 GiB available, less than 4")
+    assert machine(64 * gib, str(8 * gib), 7 * gib, 4 * gib)[1:3] == (doctor.OK, "5.0 GiB available")
+    assert machine(64 * gib, "max", 9 * gib, 0)[1:3] == (doctor.OK, "64.0 GiB available")
+    shutil.rmtree(group)
+    assert doctor.memory(tmp_path).state == doctor.OK and doctor.memory(tmp_path / "nowhere").state == doctor.OK
+
+
+# ---- disks and buckets ----
+
+
+@pytest.mark.parametrize(
+    ("free", "files", "state", "saw"),
+    [
+        (1 << 30, 10**6, doctor.FAILED, "1.0 GiB free in "),
+        (5 << 30, 10**6, doctor.WARNING, "5.0 GiB free in "),
+        (99 << 30, 7, doctor.FAILED, "room for 7 files in "),
+    ],
+)
+def test_a_full_disk_is_found_and_another_one_is_not(free, files, state, saw, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+
+    def statvfs(path):
+        full = "/full" in str(path)
+        return SimpleNamespace(f_bavail=(free if full else 99 << 30) // 4096, f_frsize=4096, f_files=10**7, f_favail=files if full else 10**6)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    found = doctor.disk(tmp_path / "full" / "run" / "deep")
+    assert found.state == state and found.saw.startswith(saw) and f" in {tmp_path}/full" in found.saw
+    assert found.remedy.endswith("name another disk with --out")
+    assert doctor.disk(tmp_path / "other").state == doctor.OK
+
+
+# As somebody whom permissions bind.
+UNPRIVILEGED = """
+import json, os, sys
+from mlm_jax import doctor
+if os.getuid() == 0:
+    os.setuid(65534)
+print(json.dumps(doctor.local(doctor.Wanted(sys.argv[1]))))
+"""
+
+
+def test_a_directory_that_cannot_be_written_to_is_found_and_one_that_can_is_fine():
+    folder = Path(tempfile.mkdtemp())  # those of pytest are open to this user alone
+    try:
+        folder.chmod(0o755)
+        (folder / "closed").mkdir(mode=0o555)
+        (folder / "open").mkdir()
+        (folder / "open").chmod(0o777)
+        found = {}
+        for name in ("closed/run", "open/run"):
+            every = [doctor.Finding(*one) for one in json.loads(python(UNPRIVILEGED, folder / name))]
+            found[name] = only(every, "out")
+        assert found["closed/run"].state == doctor.FAILED and "closed/run: cannot be written to (Permission denied)" in found["closed/run"].saw
+        assert found["closed/run"].remedy == "Name a directory that can be written to with --out"
+        assert found["open/run"].state == doctor.OK and list((folder / "open").iterdir()) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_file_in_the_place_of_the_folder_a_run_in_it_and_a_disk_that_fills_are_found(tmp_path, monkeypatch):
+    from mlm_jax import lock
+
+    def found(folder: Path) -> doctor.Finding:
+        return only(doctor.local(doctor.Wanted(str(folder)), tmp_path), "out")
+
+    run = tmp_path / "run"
+    run.write_text("")
+    assert found(run)[1:3] == (doctor.FAILED, f"{run}: is a file")
+    run.unlink()
+    with lock.hold(run):
+        pid = os.getpid()
+        busy = found(run)
+        assert busy.state == doctor.FAILED and f"in use by process {pid} on " in busy.saw and busy.remedy.startswith("Wait for it")
+    assert found(run) == doctor.Finding("out", doctor.OK, f"{run} was written to and read") and not run.exists()
+    fsync = os.fsync
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert found(run)[1:4] == (doctor.FAILED, f"{run} cannot be written to (No space left on device)", f"Free some space in {run}")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert found(run).state == doctor.OK
+    monkeypatch.setattr(storage, "read_text", lambda path: "other bytes")
+    assert "gives back other bytes" in found(run).saw
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    from tests.gcs_emulator import serve
+
+    monkeypatch.setattr(storage, "WAIT_S", 2.0)
+    with serve() as server:
+        yield server
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")  # a request that was given up ends later
+def test_a_bucket_that_is_not_there_closed_silent_or_at_another_time_is_found(bucket, tmp_path, monkeypatch):
+    def found(name: str) -> list[doctor.Finding]:
+        return doctor._safely("out", lambda: doctor.out(doctor.Wanted(name)))
+
+    fine = found("gs://bucket/run")
+    assert [one.state for one in fine] == [doctor.OK] * 2 and only(fine, "bucket clock").saw.startswith("the bucket's is ")
+    assert bucket.names() == set()  # nothing is left there
+    missing = only(found("gs://nowhere/run"), "out")
+    assert missing[1:3] == (doctor.FAILED, "gs://nowhere/run: there is no such bucket") and "See to the name of the bucket" in missing.remedy
+    bucket.answer = lambda method, name: 403
+    closed = only(found("gs://bucket/run"), "out")
+    assert closed.state == doctor.FAILED and "cannot be written to (Forbidden" in closed.saw and "permissions" in closed.remedy
+    bucket.answer = lambda method, name: 403 if method == "GET" else None
+    assert only(found("gs://bucket/run"), "out").state == doctor.FAILED  # written, but not read
+    bucket.answer = lambda method, name: 0
+    silent = only(found("gs://bucket/run"), "out")
+    assert silent[1:3] == (doctor.FAILED, "gs://bucket/run cannot be reached: no answer within 2 s") and silent.remedy.startswith(
+        "See to the network"
+    )
+    bucket.answer = lambda method, name: None  # all that was wrong is set right
+    with monkeypatch.context() as patch:
+        now = storage.time.time
+        patch.setattr(storage, "time", SimpleNamespace(time=lambda: now() - 600))
+        late = only(found("gs://bucket/run"), "bucket clock")
+        assert late.state == doctor.FAILED and re.match(r"the bucket's is (599|600)\.\d s ahead", late.saw)
+        assert "ahead of this machine's" in late.saw and "timedatectl set-ntp" in late.remedy
+    assert [one.state for one in found("gs://bucket/run")] == [doctor.OK] * 2
+
+
+def test_a_bucket_at_a_port_where_nobody_listens_is_found(bucket, monkeypatch):
+    assert only(list(doctor.out(doctor.Wanted("gs://bucket/run"))), "out").state == doctor.OK
+    with contextlib.closing(bucket.socket.dup()):
+        bucket.shutdown()
+        bucket.socket.close()
+    found = only(list(doctor.out(doctor.Wanted("gs://bucket/run"))), "out")
+    assert found.state == doctor.FAILED and "gs://bucket/run cannot be reached: " in found.saw
+
+
+# ---- devices ----
+
+
+def test_devices_that_are_not_used_not_the_same_or_not_all_there_are_found(monkeypatch):
+    one = doctor.Summary("tpu", "TPU v5 lite", 4, 16, 16, "")
+    assert doctor.devices([one] * 4, None) == doctor.Finding("devices", doctor.OK, "16 TPU v5 lite (tpu), 4 + 4 + 4 + 4 in 4 processes")
+    missing = doctor.devices([one._replace(everywhere=12)] * 3, None)
+    assert missing.state == doctor.FAILED and missing.saw.endswith("; 16 were expected") and "--distributed" in missing.remedy
+    assert doctor.devices([one] * 4, 32).state == doctor.FAILED
+    uneven = doctor.devices([one, one._replace(here=3)], 16)
+    assert uneven.state == doctor.FAILED and "4 + 3 in 2 processes; not the same in all" in uneven.saw
+    cpu = doctor.Summary("cpu", "cpu", 1, 1, None, "4 TPU chips")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    hidden = doctor.devices([cpu], None)
+    assert hidden.saw == "1 cpu (cpu); JAX_PLATFORMS=cpu hides 4 TPU chips"
+    monkeypatch.delenv(hidden.remedy.removeprefix("unset "))
+    assert doctor.devices([cpu], None)[2:4] == ("1 cpu (cpu); 4 TPU chips not used", 'pip install -e ".[tpu]"')
+    assert '".[gpu]"' in doctor.devices([cpu._replace(unused="an NVIDIA GPU")], None).remedy
+    assert doctor.devices([cpu._replace(unused="")], None).state == doctor.OK
+
+
+def test_how_many_devices_there_should_be_is_read_from_the_type_of_the_accelerator():
+    for kind, n in {"v3-8": 8, "v4-32": 16, "v5p-128": 64, "v5litepod-16": 16, "v6e-4": 4, "": None, "v9-8": None, "v4-x": None}.items():
+        assert doctor.expected_devices({"TPU_ACCELERATOR_TYPE": kind}) == n
+    assert doctor.expected_devices({"TPU_ACCELERATOR_TYPE": "v5litepod-16", "MEGASCALE_NUM_SLICES": "2"}) == 32
+    assert doctor.expected_devices({}) is None
+
+
+@pytest.mark.parametrize("name", ["psum", "all_gather"])
+def test_devices_that_answer_wrong_are_named(name, monkeypatch):
+    monkeypatch.setattr(doctor, "COLLECTIVE_BYTES", 1 << 12)
+    fine = doctor.collective()
+    assert fine.state == doctor.OK and fine.saw.startswith("8 devices have the right answers; all-reduce of 0 MiB: ")
+    right = getattr(jax.lax, name)
+
+    def wrong(x, axis, **named):
+        return right(x, axis, **named) + (jax.lax.axis_index(axis) == 5)
+
+    shard_map = jax.shard_map
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, name, wrong)
+        patch.setattr(jax, "shard_map", lambda f, **named: shard_map(f, **named | {"check_vma": False}))  # it would see that the devices differ
+        found = doctor.collective()
+    assert found.state == doctor.FAILED and found.saw.startswith(f"device 5 of process 0 has a wrong {'sum' if name == 'psum' else 'gathering'}: ")
+    assert found.remedy.startswith("Do not train on it") and doctor.collective().state == doctor.OK
+
+
+def test_a_compilation_cache_that_cannot_be_written_is_found_and_set_right_by_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = "import json; from mlm_jax import doctor; print(json.dumps(doctor.compilation_cache()))"
+    found = finding(python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "file")))
+    assert found.state == doctor.WARNING and f"{tmp_path}/file: each start compiles anew" in found.saw
+    assert found.remedy == "Unset JAX_COMPILATION_CACHE_DIR, or name a folder with it that can be written to"
+    assert finding(python(code, shell="unset JAX_COMPILATION_CACHE_DIR")).state == doctor.OK
+
+
+# ---- several processes ----
+
+
+def test_a_clock_that_is_not_that_of_the_others_is_named():
+    assert doctor.clocks({0: 100.0, 1: 101.5, 2: 100.2}, WORKERS) == [doctor.Finding("clocks", doctor.OK, "within 1.5 s of each other")]
+    (found,) = doctor.clocks({0: 100.0, 1: 90.0, 2: 100.2}, WORKERS)
+    assert found.state == doctor.WARNING and found.saw.startswith("that of process 1 (b) is 10.0 s behind the others'")
+    (found,) = doctor.clocks({0: 100.0, 1: 100.1, 2: 200.1}, WORKERS)
+    assert found.state == doctor.FAILED and found.saw.startswith("that of process 2 (c) is 100.0 s ahead of the others'")
+    assert "timedatectl" in found.remedy
+
+
+# In one process: another clock, in its child too, and another working directory.
+ELSEWHERE = """
+import os, pathlib, sys
+sys.path.insert(0, {root!r})
+place = pathlib.Path({folder!r})
+place.mkdir()
+(place / "sitecustomize.py").write_text("import time; right = time.time; time.time = lambda: right() + 100")
+os.environ["PYTHONPATH"] = f"{{place}}:{root}"
+os.chdir(place)
+"""
+
+
+def findings_of(process) -> list[doctor.Finding]:
+    return [doctor.Finding(**found) for found in json.loads(process.stdout)["findings"]]
+
+
+@pytest.mark.slow
+def test_of_two_machines_the_one_with_another_clock_and_another_folder_is_named(tmp_path):
+    (tmp_path / "common").mkdir()
+    elsewhere = ELSEWHERE.format(root=str(ROOT), folder=str(tmp_path / "elsewhere"))
+    here = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nos.environ['PYTHONPATH'] = {str(ROOT)!r}\nos.chdir({str(tmp_path)!r})\n"
+    finished = run_processes(tmp_path / "a", ["doctor", "--json"], 2, 1, code={0: here, 1: elsewhere})
+    assert [process.status for process in finished] == [1, 1], [process.stderr for process in finished]
+    every, other = map(findings_of, finished)
+    (clock,) = (found for found in every if found.check == "clocks")
+    assert clock.state == doctor.FAILED and "is 100.0 s " in clock.saw
+    for out in (found for found in [*every, *other] if found.check == "out"):
+        assert out.state == doctor.FAILED and "is not the same folder in all processes" in out.saw and "--out, such as" in out.remedy
+    assert [found.process.partition(" (")[0] for found in every if found.check == "out"] == ["", "process 1"]
+    # its own remedies: a clock that is set, a folder that both see
+    argv = ["doctor", "--json", "--devices", "2", "--out", str(tmp_path / "common" / "run")]
+    finished = run_processes(tmp_path / "b", argv, 2, 1)
+    assert [process.status for process in finished] == [0, 0], [process.stdout for process in finished]
+    every, other = map(findings_of, finished)
+    assert {found.check for found in every if found.process} >= {"python", "disk", "out", "collective"}
+    assert only(every, "devices").saw == "2 cpu (cpu), 1 + 1 in 2 processes" and only(other, "clocks").state == doctor.OK
+    assert list((tmp_path / "common").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_of_four_processes_the_three_that_came_name_the_missing_one_and_with_it_all_is_well(tmp_path):
+    argv = ["doctor", "--json", "--out", str(tmp_path / "run")]
+    finished = run_processes(tmp_path / "a", [*argv, "--join-timeout", "10"], 4, 1, absent=2)
+    assert [process.status for process in finished] == [1, 1, 1]
+    for process in finished:
+        found = only(findings_of(process), "processes")
+        assert found.state == doctor.FAILED and "process 2 of 4 did not come to 127.0.0.1:" in found.saw
+        assert found.remedy.startswith("Start the same command in all processes")
+    finished = run_processes(tmp_path / "b", [*argv, "--join-timeout", "60"], 4, 1)
+    assert [process.status for process in finished] == [0] * 4, [process.stdout for process in finished]
+    assert only(findings_of(finished[3]), "processes").saw.startswith("4 came, on ")
