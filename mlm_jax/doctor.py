@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
     processes: int | None = None
     process: int | None = None
     distributed: bool = False
-    join_timeout: float = 300.0
+    join_timeout: float = 300.0  # as distributed.TIMEOUT_S, for which JAX would have to be imported
 
     @property
     def several(self) -> bool:
@@ -125,7 +125,7 @@ def words(findings: Sequence[Finding]) -> str:
             if finding.remedy:
                 lines.append(f"{'':8} {'':18} -> {finding.remedy}")
     counts = [sum(finding.state == state for finding in findings) for state in (OK, WARNING, FAILED)]
-    return "\n".join([*lines, f"{len(findings)} findings: {counts[0]} ok, {counts[1]} warnings, {counts[2]} failed"])
+    return "\n".join([*lines, f"{len(findings)} findings: {counts[0]} ok, {counts[1]} warning{'s' * (counts[1] != 1)}, {counts[2]} failed"])
 
 
 # ---- what can be told without JAX ----
@@ -600,18 +600,16 @@ def devices(said: Sequence[Sequence[Any]], wanted: int | None) -> Finding:
     first, counts = each[0], [one.here for one in each]
     saw = f"{first.everywhere} {first.kind} ({first.platform})"
     saw += f", {' + '.join(map(str, counts))} in {len(each)} processes" if len(each) > 1 else ""
-    if unused := next((one.unused for one in each if one.unused), ""):
-        if os.environ.get("JAX_PLATFORMS"):
-            reason, remedy = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} hides {unused}", "unset JAX_PLATFORMS"
-        else:
-            reason, remedy = f"{unused} not used", f'pip install -e ".[{"tpu" if "TPU" in unused else "gpu"}]"'
-        return Finding("devices", FAILED, f"{saw}; {reason}", remedy)
     expected = first.expected if wanted is None else wanted
     if expected not in (None, first.everywhere):
         remedy = f"Give the command on every worker with --distributed, see to XLA_FLAGS and *_VISIBLE_*, or say --devices {first.everywhere}"
         return Finding("devices", FAILED, f"{saw}; {expected} were expected", remedy)
     if len({(one.here, one.kind) for one in each}) > 1:
         return Finding("devices", FAILED, f"{saw}; not the same in all processes", "See to the machine that differs; restart it, or make it anew")
+    if unused := next((one.unused for one in each if one.unused), ""):
+        if os.environ.get("JAX_PLATFORMS"):
+            return Finding("devices", WARNING, f"{saw}; JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} hides {unused}", "unset JAX_PLATFORMS")
+        return Finding("devices", FAILED, f"{saw}; {unused} not used", f'pip install -e ".[{"tpu" if "TPU" in unused else "gpu"}]"')
     return Finding("devices", OK, saw)
 
 

@@ -146,7 +146,7 @@ def test_one_line_stands_for_all_processes_that_are_fine_and_each_other_one_is_n
         "                            -> Free some space",
         "warning  memory             low",
         "                            -> End some",
-        "5 findings: 3 ok, 1 warnings, 1 failed",
+        "5 findings: 3 ok, 1 warning, 1 failed",
     ]
 
 
@@ -524,9 +524,9 @@ def test_devices_that_are_not_used_not_the_same_or_not_all_there_are_found(monke
     cpu = doctor.Summary("cpu", "cpu", 1, 1, None, "4 TPU chips")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     hidden = doctor.devices([cpu], None)
-    assert hidden.saw == "1 cpu (cpu); JAX_PLATFORMS=cpu hides 4 TPU chips"
+    assert hidden[1:3] == (doctor.WARNING, "1 cpu (cpu); JAX_PLATFORMS=cpu hides 4 TPU chips")
     monkeypatch.delenv(hidden.remedy.removeprefix("unset "))
-    assert doctor.devices([cpu], None)[2:4] == ("1 cpu (cpu); 4 TPU chips not used", 'pip install -e ".[tpu]"')
+    assert doctor.devices([cpu], None)[1:4] == (doctor.FAILED, "1 cpu (cpu); 4 TPU chips not used", 'pip install -e ".[tpu]"')
     assert '".[gpu]"' in doctor.devices([cpu._replace(unused="an NVIDIA GPU")], None).remedy
     assert doctor.devices([cpu._replace(unused="")], None).state == doctor.OK
 
