@@ -155,7 +155,8 @@ def _safely(name: str, check: Callable[[], Finding | Iterable[Finding]]) -> list
         found = check()
         return [found] if isinstance(found, Finding) else list(found)
     except InputError as e:
-        return [Finding(name, FAILED, f"{e.value}: {e.reason}" if str(e.value) else e.reason, e.remedy)]
+        value = f" = {e.value}" if str(e.value) else ""
+        return [Finding(name, FAILED, f"{e.field}{value}: {e.reason}", e.remedy)]
     except Exception as e:  # a check that fails must not take the others with it
         return [Finding(name, FAILED, f"{type(e).__name__}: {storage.first_line(e)}", REMEDIES.get(name, REPORT))]
 
@@ -452,12 +453,19 @@ def ended_in(stage: str, ended: int, errors: str) -> Finding:
     """What to say where the process that looked at the devices ended by itself, with these last words."""
     told = [line.strip() for line in errors.splitlines() if line.strip()]
     reasons = [line for line in told if re.search(r"Unknown flag|\w(Error|Exception): |already in use", line)]
-    last, remedy = (reasons or told or ["none"])[-1], REMEDIES[stage]
-    if user := re.search(r"in use by process with pid (\d+)", last):
-        remedy = f"kill {user[1]}"
-    if flags := re.search(r"Unknown flags? in (\w+): (.*)", last):
-        remedy = f"Take {flags[2].strip()} out of the environment variable {flags[1]}"
-    return Finding(stage, FAILED, f"ended with status {ended}, its last words: {last[-300:]}", remedy)
+    last = (reasons or told or ["none"])[-1]
+    return Finding(stage, FAILED, f"ended with status {ended}, its last words: {last[-300:]}", advice(stage, last))
+
+
+def advice(stage: str, error: str) -> str:
+    """What to do about an error of JAX in that stage."""
+    if user := re.search(r"in use by process with pid (\d+)", error):
+        return f"kill {user[1]}"
+    if flags := re.search(r"Unknown flags? in (\w+): (.*)", error):
+        return f"Take {flags[2].strip()} out of the environment variable {flags[1]}"
+    if os.environ.get("JAX_PLATFORMS") and "backend" in error:
+        return f"unset JAX_PLATFORMS, which is {os.environ['JAX_PLATFORMS']}, or install what it needs"
+    return REMEDIES[stage]
 
 
 def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[Finding | Stage]:
@@ -499,11 +507,12 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
             yield from others("out", found)
     yield Stage("devices", SAYS_S + 60)
     summary = distributed.gathered("doctor_summary", json.dumps(_summary()), SAYS_S)
-    if missing := [i for i in hosts if i not in summary]:
-        names = ", ".join(f"process {i} ({hosts[i]})" for i in missing)
-        yield Finding("devices", FAILED, f"{names} did not tell of any", REMEDIES["devices"])
+    each = {i: json.loads(summary[i]) if i in summary else "did not tell of any" for i in hosts}
+    if wrong := {i: error for i, error in each.items() if isinstance(error, str)}:
+        for i, error in wrong.items():
+            yield Finding("devices", FAILED, error, advice("devices", error), f"process {i} ({hosts[i]})" if wanted.several else "")
         return
-    yield devices([json.loads(said) for _, said in sorted(summary.items())], wanted.devices)
+    yield devices(list(each.values()), wanted.devices)
     found = []
     for name, limit, check in (("compilation cache", 120.0, compilation_cache), ("collective", 180.0, collective)):
         if check is compilation_cache and distributed.number() > 0:
@@ -568,11 +577,15 @@ class Summary(NamedTuple):
     unused: str
 
 
-def _summary() -> Summary:
+def _summary() -> Summary | str:
+    """The devices of this process, or why JAX finds none."""
     import jax
     from jax._src import hardware_utils  # no public name: what jax itself looks for
 
-    found = jax.devices()
+    try:
+        found = jax.devices()
+    except RuntimeError as e:
+        return storage.first_line(e)
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     unused = ""
     if found[0].platform == "cpu":

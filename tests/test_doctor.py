@@ -85,6 +85,15 @@ def test_a_flag_that_xla_does_not_know_is_named_and_does_not_take_the_other_find
     assert any(line.startswith("ok       out ") for line in lines) and lines[-1].startswith("10 findings: ") and lines[-1].endswith("1 failed")
 
 
+def test_a_platform_that_jax_cannot_use_is_named_with_where_it_was_asked_for(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    ended, findings = examined(capfd, "--out", tmp_path / "run")
+    found = only(findings, "devices")
+    assert ended == status.FAILED and found.state == doctor.FAILED and "Unable to initialize backend 'tpu'" in found.saw
+    assert found.remedy.startswith("unset JAX_PLATFORMS, which is tpu") and findings[-1] == found
+
+
 def test_processes_that_do_not_come_are_named(tmp_path):
     wanted = doctor.Wanted(str(tmp_path), coordinator=f"127.0.0.1:{free_port()}", processes=4, process=0, join_timeout=1.0)
     findings = doctor.examine(wanted, say=lambda line: None)
@@ -442,7 +451,7 @@ def test_a_file_in_the_place_of_the_folder_a_run_in_it_and_a_disk_that_fills_are
 
     run = tmp_path / "run"
     run.write_text("")
-    assert found(run)[1:3] == (doctor.FAILED, f"{run}: is a file")
+    assert found(run)[1:3] == (doctor.FAILED, f"--out = {run}: is a file")
     run.unlink()
     with lock.hold(run):
         pid = os.getpid()
@@ -480,7 +489,7 @@ def test_a_bucket_that_is_not_there_closed_silent_or_at_another_time_is_found(bu
     assert [one.state for one in fine] == [doctor.OK] * 2 and only(fine, "bucket clock").saw.startswith("the bucket's is ")
     assert bucket.names() == set()  # nothing is left there
     missing = only(found("gs://nowhere/run"), "out")
-    assert missing[1:3] == (doctor.FAILED, "gs://nowhere/run: there is no such bucket") and "See to the name of the bucket" in missing.remedy
+    assert missing[1:3] == (doctor.FAILED, "--out = gs://nowhere/run: there is no such bucket") and "See to the name of the bucket" in missing.remedy
     bucket.answer = lambda method, name: 403
     closed = only(found("gs://bucket/run"), "out")
     assert closed.state == doctor.FAILED and "cannot be written to (Forbidden" in closed.saw and "permissions" in closed.remedy
