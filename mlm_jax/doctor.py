@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mlm_jax import lock, storage
+from mlm_jax.chips import CHIPS
 from mlm_jax.config import InputError
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -594,17 +595,13 @@ def _summary() -> Summary | str:
     return Summary(found[0].platform, found[0].device_kind, jax.local_device_count(), len(found), expected, unused)
 
 
-# Devices of JAX for each unit of an accelerator type, as v5litepod-16 or v4-32: those of v4 and v5p count two cores a device.
-# Source: cloud.google.com/tpu/docs, system architecture pages.
-DEVICES_OF_TYPE = {"v2": 1.0, "v3": 1.0, "v4": 0.5, "v5p": 0.5, "v5litepod": 1.0, "v6e": 1.0}
-
-
 def expected_devices(environ: Mapping[str, str]) -> int | None:
     """How many devices the environment of a TPU VM or a pod of Kubernetes says that all processes have; None where it does not say."""
     kind, _, n = environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")
-    if kind not in DEVICES_OF_TYPE or not n.isdecimal():
+    chip = next((chip for chip in CHIPS.values() if chip.accelerator == kind), None)
+    if chip is None or not n.isdecimal():
         return None
-    return int(int(n) * DEVICES_OF_TYPE[kind]) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    return int(n) // chip.cores * chip.devices * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 def devices(said: Sequence[Sequence[Any]], wanted: int | None) -> Finding:

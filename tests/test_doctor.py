@@ -541,7 +541,7 @@ def test_devices_that_are_not_used_not_the_same_or_not_all_there_are_found(monke
 
 
 def test_how_many_devices_there_should_be_is_read_from_the_type_of_the_accelerator():
-    for kind, n in {"v3-8": 8, "v4-32": 16, "v5p-128": 64, "v5litepod-16": 16, "v6e-4": 4, "": None, "v9-8": None, "v4-x": None}.items():
+    for kind, n in {"v4-32": 16, "v5p-128": 64, "v5litepod-16": 16, "v6e-4": 4, "tpu7x-128": 128, "": None, "v9-8": None, "v4-x": None}.items():
         assert doctor.expected_devices({"TPU_ACCELERATOR_TYPE": kind}) == n
     assert doctor.expected_devices({"TPU_ACCELERATOR_TYPE": "v5litepod-16", "MEGASCALE_NUM_SLICES": "2"}) == 32
     assert doctor.expected_devices({}) is None
