@@ -121,14 +121,21 @@ def first_state(config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh) -> T
     return jax.jit(_build(config, model)[0], out_shardings=shardings)()
 
 
-def lower_step(
+def trace_step(
     config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh, batch_size: int, documents: objectives.Documents | None = None
-) -> jax.stages.Lowered:
-    """The step for `batch_size` windows, ready to be compiled for `mesh`, which is the one in use; it writes the new state over the old one."""
+) -> jax.stages.Traced:
+    """The step for `batch_size` windows on `mesh`, which is the one in use, as a jaxpr; it writes the new state over the old one."""
     state = abstract_state(config, model, mesh)
     tokens_BW = sharding.rows_shape((batch_size, config.model.context_len + 1), jnp.int32, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(_build(config, model, documents)[1], out_shardings=(shardings, None), donate_argnums=0).lower(state, tokens_BW)
+    return jax.jit(_build(config, model, documents)[1], out_shardings=(shardings, None), donate_argnums=0).trace(state, tokens_BW)
+
+
+def lower_step(
+    config: Config, model: gpt2.Model, mesh: jax.sharding.Mesh, batch_size: int, documents: objectives.Documents | None = None
+) -> jax.stages.Lowered:
+    """`trace_step`, ready to be compiled."""
+    return trace_step(config, model, mesh, batch_size, documents).lower()
 
 
 def progress(state: TrainState) -> dict[str, Any]:
