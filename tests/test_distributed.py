@@ -81,7 +81,7 @@ def run_processes(folder: Path, argv: list[str], n: int, devices: int, *, absent
         pipe = subprocess.PIPE
         started.append((i, subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)))
     try:
-        said = [(i, process, *process.communicate(timeout=120)) for i, process in started]
+        said = [(i, process, *process.communicate(timeout=600)) for i, process in started]
     finally:
         for _, process in started:
             process.kill()

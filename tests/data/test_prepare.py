@@ -226,6 +226,7 @@ def test_any_number_of_workers_writes_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray's own processes, which are another program at once
 def test_ray_writes_the_files_that_processes_of_this_machine_write(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     config = dataclasses.replace(several(tmp_path), workers=2, clean=CleanConfig(duplicates="paragraphs", near_duplicates=True))
