@@ -30,8 +30,8 @@ def make_eval_step(model: Any, config: TrainConfig = TrainConfig(), documents: D
     """
 
     def eval_step(params: Any, tokens_BW: Int[Array, "B W"], weights_BT: Float[Array, "B T"]) -> Float[Array, ""]:
-        examples = objectives.causal(tokens_BW)
-        return (objectives.model_losses(model, params, examples, config, documents).nats_BT * weights_BT).sum()
+        examples = objectives.causal(tokens_BW)._replace(weights_BT=weights_BT)
+        return objectives.model_losses(model, params, examples, config, documents).nats
 
     return jax.jit(eval_step)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mlm_jax.config import DataConfig, InputError, TrainConfig
-from mlm_jax.sharding import constrain, mesh_axes
+from mlm_jax.sharding import constrain, gather, mesh_axes
 
 
 class Examples(NamedTuple):
@@ -87,57 +87,89 @@ def losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], *, 
     return Losses(objective_BT, nats_BT)
 
 
+class Sums(NamedTuple):
+    """What the targets that count cost together, in nats: `Losses` times their weights."""
+
+    objective: Float[Array, ""]
+    nats: Float[Array, ""]
+
+
+def weighted(found: Losses, weights_BT: Float[Array, "... T"]) -> Sums:
+    """The sums of `found`; the second, which is reported, has no gradient."""
+    return Sums((found.objective_BT * weights_BT).sum(), jax.lax.stop_gradient((found.nats_BT * weights_BT).sum()))
+
+
 def chunked_losses(
-    head: Callable[[Array, Array], Array],
+    head: Callable[[Any, Array], Array],
     w_VD: Float[Array, "V D"],
     x_BTD: Float[Array, "B T D"],
-    targets_BT: Int[Array, "B T"],
+    examples: Examples,
     *,
     chunks: int,
     **settings: float,
-) -> Losses:
-    """`losses` of the logits head(w_VD, x_BTD), made for a `chunks`-th of the positions at a time and again in the backward pass.
+) -> Sums:
+    """`weighted` `losses` of the logits head(w_VD, x_BTD), which are made for a `chunks`-th of the positions at a time, and once alone.
+
+    The gradient of a chunk is computed while its logits are there, so that the backward pass has only to multiply it by that of the sum.
 
     Raises:
       InputError: `chunks` does not divide the positions that a device has.
+
+    Source: Hsu et al. 2024 (Liger Kernel), section 3.2 (FusedLinearCrossEntropy).
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes_B, axes_T = mesh_axes("BT")
     b, t = (1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes) for axes in (axes_B, axes_T))
-    B, T = targets_BT.shape
+    B, T = examples.targets_BT.shape
     if T % (t * chunks):
         divisors = ", ".join(str(n) for n in range(1, T // t + 1) if T // t % n == 0)
         raise InputError("train.loss_chunks", chunks, f"does not divide the {T // t} positions of a device", f"Choose from: {divisors}")
 
-    # Each device (Z) has its own copy of the table as far as the compiler can tell. A product with one table for all would end in a sum of its
-    # gradient over the devices, once per chunk; so it is gathered once, before the loop, and the gradients are summed once, after it.
-    def each(x: Array, *rest: str | tuple[str, ...] | None) -> Array:
-        return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*rest))
-
-    devices = (*axes_B, *axes_T) or None
-    w_VD = constrain(w_VD, "V.")
-    w_ZVD = each(jnp.broadcast_to(w_VD, (b * t, *w_VD.shape)), devices, mesh_axes("V")[0] or None)
-
     def split(x: Array) -> Array:
-        """(B, T, ...) -> (chunks, Z, B / b, T / t / chunks, ...); a chunk has every `chunks`-th position, so that none changes its device."""
+        """(B, T, ...) -> (chunks, B t, T / t / chunks, ...): rows in the order of the devices, of which each goes on with its own positions."""
         x = jnp.moveaxis(x.reshape(b, B // b, t, T // t // chunks, chunks, *x.shape[2:]), (4, 2), (0, 2))
-        return each(x.reshape(chunks, b * t, *x.shape[3:]), None, devices)
+        x = x.reshape(chunks, B * t, T // t // chunks, *x.shape[5:])
+        return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(None, (*axes_B, *axes_T) or None))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk(w_ZVD: Array, x_ZBTD: Array, targets_ZBT: Array) -> Losses:
-        return jax.vmap(lambda w_VD, x_BTD, targets_BT: losses(head(w_VD, x_BTD), targets_BT, **settings))(w_ZVD, x_ZBTD, targets_ZBT)
+    def cost(w: Any, x_BTD: Array, targets_BT: Array) -> Losses:
+        return losses(head(w, x_BTD), targets_BT, **settings)
 
-    _, out = jax.lax.scan(lambda _, xs: (None, chunk(w_ZVD, *xs)), None, (split(x_BTD), split(targets_BT)))
-
-    def join(x: Array) -> Array:
-        x = x.reshape(chunks, b, t, B // b, T // t // chunks)
-        return constrain(jnp.moveaxis(x, (0, 2), (4, 2)).reshape(B, T), "BT")
-
-    return Losses(*map(join, out))
+    # The table is gathered once, before the loop, and its gradients are summed over the devices once, after it.
+    w = gather(w_VD.astype(x_BTD.dtype), "VD", over="BT")
+    return _chunked(cost, w, split(x_BTD), split(examples.targets_BT), split(examples.weights_BT))
 
 
-def model_losses(model: Any, params: Any, examples: Examples, config: TrainConfig, documents: Documents | None = None, **call: Any) -> Losses:
-    """The losses of `model`, called on the inputs of `examples` with the arguments `call` and those of `documents`, as `config` defines them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(cost: Callable[..., Losses], w: Any, x: Array, targets: Array, weights: Array) -> Sums:
+    """The `weighted` sums of `cost` over the first axis of all but `w`."""
+    _, found = jax.lax.scan(lambda _, chunk: (None, cost(w, *chunk)), None, (x, targets))
+    return weighted(found, weights)
+
+
+def _chunked_forward(cost: Callable[..., Losses], w: Any, x: Array, targets: Array, weights: Array) -> tuple[Sums, tuple[Any, Array]]:
+    """Also the gradients of the first sum to `w` and `x`."""
+
+    def add(total: Any, chunk: tuple[Array, Array, Array]) -> tuple[Any, tuple[Losses, Array]]:
+        x, targets, weights = chunk
+        found, backward = jax.vjp(lambda w, x: cost(w, x, targets), w, x)
+        dw, dx = backward(Losses(weights, jnp.zeros_like(weights)))
+        return jax.tree.map(lambda total, g: total + g.astype(total.dtype), total, dw), (found, dx)
+
+    zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), w)  # a sum of many bfloat16 numbers would lose the small ones
+    dw, (found, dx) = jax.lax.scan(add, zero, (x, targets, weights))
+    return weighted(found, weights), (jax.tree.map(lambda g, w: g.astype(w.dtype), dw, w), dx)
+
+
+def _chunked_backward(cost: Callable[..., Losses], kept: tuple[Any, Array], given: Sums) -> tuple[Any, ...]:
+    dw, dx = jax.tree.map(lambda g: g * given.objective.astype(g.dtype), kept)
+    return dw, dx, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def model_losses(model: Any, params: Any, examples: Examples, config: TrainConfig, documents: Documents | None = None, **call: Any) -> Sums:
+    """What `model` costs, called on the inputs of `examples` with the arguments `call` and those of `documents`, as `config` defines it.
 
     Raises:
       InputError: `config.loss_chunks` does not divide the positions that a device has.
@@ -145,13 +177,13 @@ def model_losses(model: Any, params: Any, examples: Examples, config: TrainConfi
     settings = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
     call |= documents.call(examples.inputs_BT) if documents else {}
     if config.loss_chunks == 1:
-        return losses(model.apply({"params": params}, examples.inputs_BT, **call), examples.targets_BT, **settings)
+        return weighted(losses(model.apply({"params": params}, examples.inputs_BT, **call), examples.targets_BT, **settings), examples.weights_BT)
     x_BTD = model.apply({"params": params}, examples.inputs_BT, hidden_only=True, **call)
 
-    def head(w_VD: Array, x_BTD: Array) -> Array:
-        return model.apply({"params": {model.head_name: w_VD}}, x_BTD, method="head")
+    def head(w: Any, x_BTD: Array) -> Array:
+        return model.apply({"params": {model.head_name: w}}, x_BTD, method="head")
 
-    return chunked_losses(head, params[model.head_name], x_BTD, examples.targets_BT, chunks=config.loss_chunks, **settings)
+    return chunked_losses(head, params[model.head_name], x_BTD, examples, chunks=config.loss_chunks, **settings)
 
 
 def weighted_mean(nats_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"]) -> Float[Array, ""]:

@@ -51,9 +51,8 @@ def make_train_step(
 
     def loss_fn(params: Any, examples: objectives.Examples, n_targets: Array, key: Array) -> tuple[Array, Array]:
         """This part's share of the objective and of the reported loss, both means over all targets of the step."""
-        losses = objectives.model_losses(model, params, examples, config, documents, train=True, rngs={"dropout": key})
-        objective, loss = ((x_BT * examples.weights_BT).sum() / n_targets for x_BT in losses)
-        return objective, loss
+        sums = objectives.model_losses(model, params, examples, config, documents, train=True, rngs={"dropout": key})
+        return sums.objective / n_targets, sums.nats / n_targets
 
     def loss_and_gradient(params: Any, tokens_BW: Int[Array, "B W"], key: Array) -> tuple[Array, Any]:
         examples = objectives.causal(tokens_BW)

@@ -12,6 +12,7 @@ import pytest
 from mlm_jax import objectives, sharding
 from mlm_jax.config import Config, DataConfig, InputError, MeshConfig, ModelConfig, TrainConfig, override
 from mlm_jax.model import attention, gpt2
+from mlm_jax.model.int8 import einsum
 from mlm_jax.train import init_state, lower_step, make_train_step
 
 
@@ -74,12 +75,12 @@ def tokens(B: int, T: int, V: int = 61) -> jax.Array:
 
 @functools.cache  # two tests need the plain one
 def step_of(model: gpt2.GPT2, config: TrainConfig):
-    """A jitted (params, tokens_BW, weights_BT) -> ((objective, losses), gradients)."""
+    """A jitted (params, tokens_BW, weights_BT) -> ((mean objective, sums), gradients)."""
 
     def loss(params, tokens_BW, weights_BT):
-        examples = objectives.causal(tokens_BW)
+        examples = objectives.causal(tokens_BW)._replace(weights_BT=weights_BT)
         got = objectives.model_losses(model, params, examples, config)
-        return objectives.weighted_mean(got.objective_BT, weights_BT), got
+        return got.objective / weights_BT.sum(), got
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -138,12 +139,14 @@ def test_eight_devices_sum_the_gradient_of_the_table_once_and_get_what_one_gets(
     w_VD, x_BTD, targets_BT = jax.random.normal(keys[0], (V, D)), jax.random.normal(keys[1], (B, T, D)), tokens(B, T - 1)
 
     def loss(w_VD, x_BTD, targets_BT, chunks=4):
-        head = lambda w, x: jnp.einsum("BTD,VD->BTV", x, w)  # noqa: E731
+        head = lambda w, x: einsum("BTD,VD->BTV", x, w)  # noqa: E731
+        weights_BT = jnp.linspace(0, 1, B * T).reshape(B, T)
         if chunks == 1:
-            got = objectives.losses(head(w_VD, x_BTD), targets_BT, z_loss=0.01, label_smoothing=0.1)
+            got = objectives.weighted(objectives.losses(head(w_VD, x_BTD), targets_BT, z_loss=0.01, label_smoothing=0.1), weights_BT)
         else:
-            got = objectives.chunked_losses(head, w_VD, x_BTD, targets_BT, chunks=chunks, z_loss=0.01, label_smoothing=0.1)
-        return got.objective_BT.mean(), got
+            examples = objectives.Examples(targets_BT, targets_BT, weights_BT)
+            got = objectives.chunked_losses(head, w_VD, x_BTD, examples, chunks=chunks, z_loss=0.01, label_smoothing=0.1)
+        return 3 * got.objective / (B * T), got
 
     expected = jax.jit(jax.value_and_grad(lambda *a: loss(*a, chunks=1), (0, 1), has_aux=True))(w_VD, x_BTD, targets_BT)
     mesh = sharding.make_mesh(MeshConfig(**sizes))
@@ -163,18 +166,16 @@ def test_eight_devices_sum_the_gradient_of_the_table_once_and_get_what_one_gets(
 
 def test_chunks_that_do_not_divide_the_positions_are_refused():
     with pytest.raises(InputError) as refused:
-        objectives.chunked_losses(lambda w, x: x @ w.T, jnp.ones((5, 2)), jnp.ones((1, 16, 2)), tokens(1, 15), chunks=3)
+        objectives.chunked_losses(lambda w, x: x @ w.T, jnp.ones((5, 2)), jnp.ones((1, 16, 2)), objectives.causal(tokens(1, 16)), chunks=3)
     assert str(refused.value) == "train.loss_chunks = 3: does not divide the 16 positions of a device. Choose from: 1, 2, 4, 8, 16."
 
 
 def test_training_reports_the_cross_entropy_whatever_it_makes_small():
     model, tx = gpt2.GPT2(MODEL), optax.sgd(0.1)
     state = jax.jit(lambda: init_state(model, tx, 0))()
-    (_, losses), gradient = step_of(model, BOTH)(state.params, tokens(4, 16), jnp.ones((4, 16)))
+    (objective, sums), gradient = step_of(model, BOTH)(state.params, tokens(4, 16), jnp.ones((4, 16)))
     _, measured = jax.jit(make_train_step(model, tx, BOTH))(state, tokens(4, 16))
-    assert (
-        float(measured["loss"]) == pytest.approx(float(losses.nats_BT.mean()), rel=1e-6) != pytest.approx(float(losses.objective_BT.mean()), rel=1e-2)
-    )
+    assert float(measured["loss"]) == pytest.approx(float(sums.nats) / 64, rel=1e-6) != pytest.approx(float(objective), rel=1e-2)
     assert float(measured["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
 
 

@@ -217,11 +217,13 @@ class GPT2(nn.Module):
 
         dtype = jnp.dtype(c.compute_dtype)
         w_token_VD = self.param("w_token_VD", embedding_init(c), (c.padded_vocab_size, c.d_model))
-        x_BTD = jax.tree.map(lambda w: constrain(w, "V."), w_token_VD)[tokens_BT]  # an Int8 is a tree
+        # Each device looks up its part of D for the rows of all that share it; then they change places. That is less to send than the table, and
+        # nothing of its gradient is left to sum.
+        x_RTD = w_token_VD[constrain(tokens_BT, "RT")]
         if c.position == "learned":
             w_position_TD = self.param("w_position_TD", normal(c.init_std / 2), (c.context_len, c.d_model))
-            x_BTD = x_BTD + w_position_TD[positions_BT]
-        x_BTD = constrain(x_BTD.astype(dtype), "BTD")
+            x_RTD = x_RTD + w_position_TD[constrain(positions_BT, "RT")]
+        x_BTD = constrain(constrain(x_RTD.astype(dtype), "RTD"), "BTD")
         x_BTD = nn.Dropout(c.dropout)(x_BTD, deterministic=not train)
 
         context = Context(tokens_BT, x_BTD, positions_BT, visibility, cache_len=cache_len, train=train)
@@ -292,9 +294,7 @@ def remat(config: ModelConfig, call: Callable[..., Any]) -> Callable[..., Any]:
     else:
         policy = {
             "full": policies.nothing_saveable,
-            # Products with weights have no batch axes, those of queries, keys and values have: scores and probabilities, which grow as T S, go.
-            # In 8 bits a product is an int32 before it is scaled: kept is what comes of it, in the compute dtype.
-            "dots": policies.dots_with_no_batch_dims_saveable if config.matmul == "full" else policies.save_only_these_names("product"),
+            "dots": policies.save_only_these_names("product"),  # of an `einsum`; scores and probabilities, which grow as T S, go
             "attention": policies.save_only_these_names("attention"),
         }[config.remat]
     # Within a loop the compiler cannot merge the second computation with the first; where the loop is unrolled it would, and keep all,

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from mlm_jax import sharding
 from mlm_jax.model import low_precision
 
 LARGEST = 127
@@ -77,7 +79,7 @@ def int8(params: Any) -> Any:
     return jax.jit(lambda params: jax.tree_util.tree_map_with_path(of, params))(params)
 
 
-def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any = None, matmul: str = "full") -> Float[Array, "..."]:
+def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8 | sharding.Gathered, *, dtype: Any = None, matmul: str = "full") -> Float[Array, "..."]:
     """`jnp.einsum` of activations and a weight, computed in the dtype of `x` and returned in it, or in `dtype`.
 
     `matmul` is that of the configuration: how a weight that is no Int8 yet is multiplied.
@@ -89,14 +91,20 @@ def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8, *, dtype: Any 
     if not isinstance(w, Int8):
         if matmul != "full":
             return low_precision.einsum(letters, x, w, matmul)
-        w = w.astype(x.dtype)
+        if not isinstance(w, sharding.Gathered):
+            w = w.astype(x.dtype)
+            w = sharding.gather(w, right) if sharding.gathers(x.shape[0]) else w
+        if isinstance(w, sharding.Gathered):
+            x_Z = x.reshape(len(w.w_Z), -1, *x.shape[1:])
+            y_Z = jnp.einsum(f"Z{left},Z{right}->Z{out}", x_Z, w.w_Z.astype(x.dtype), preferred_element_type=dtype)
+            return checkpoint_name(y_Z.reshape(-1, *y_Z.shape[2:]), "product")
         if not (out.startswith("BT") and jax.sharding.get_abstract_mesh().size == 1):
-            return jnp.einsum(letters, x, w, preferred_element_type=dtype)
+            return checkpoint_name(jnp.einsum(letters, x, w, preferred_element_type=dtype), "product")
         # Nothing splits B or T, so they can be one axis, Z. Over two a gradient's sum has XLA transpose copies of its operands on a CPU.
         t = left.index("T")
         x, left = jnp.moveaxis(x, t, 1), left.replace("T", "")[1:]
         y = jnp.einsum(f"Z{left},{right}->Z{out[2:]}", x.reshape(-1, *x.shape[2:]), w, preferred_element_type=dtype)
-        return y.reshape(*x.shape[:2], *y.shape[1:])
+        return checkpoint_name(y.reshape(*x.shape[:2], *y.shape[1:]), "product")
     x_summed = tuple(left.index(letter) for letter in left if letter in right)
     w_summed = tuple(right.index(letter) for letter in right if letter in left)
     scale = w.scale.squeeze(w_summed)
