@@ -12,22 +12,20 @@ Result   see README.md. Believe the table of a TPU: on a CPU, XLA merges what `m
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 from mlm_jax import experiment, sharding
 from mlm_jax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, override, parse_set
 from mlm_jax.model import gpt2
+from mlm_jax.plan import topology
 from mlm_jax.train import abstract_state, lower_step
 
 VOCAB_SIZE = 50_257  # where the experiment leaves it to a tokenizer
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 TPU = {"train.batch_size": 64, "mesh.data": 1, "mesh.fsdp": -1}  # what `--set` may change
 HERE = {"train.batch_size": 8, "model.compute_dtype": "float32"}
 
@@ -79,13 +77,6 @@ def measure(config: Config, devices: Sequence[Any] | None = None, build: Callabl
     return Memory(mine, *sizes)
 
 
-def tpu(topology: str) -> Sequence[Any]:
-    """The devices of a TPU slice that is not there: libtpu compiles for them."""
-    for name, value in LIBTPU.items():  # else it asks a metadata server what machine this is
-        os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--experiment", default="experiments/gpt2_124m.py")
@@ -95,12 +86,10 @@ def main() -> None:
     arguments.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field in all rows; repeatable")
     arguments.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"some of: {'; '.join(ROWS)}")
     args = arguments.parse_args()
-    if args.topology:
-        jax.config.update("jax_platforms", "cpu")  # no TPU of this machine has a part in it
     found = experiment.load(args.experiment)
     size = {} if found.config.model.vocab_size else {"model.vocab_size": VOCAB_SIZE}
     base = override(found.config, size | (TPU if args.topology else HERE) | parse_set(args.set))
-    devices = tpu(args.topology) if args.topology else jax.devices()[:1]
+    devices = topology.parse(args.topology).devices() if args.topology else jax.devices()[:1]
     work = f"{base.train.batch_size} x {base.model.context_len} tokens in {base.model.compute_dtype}"
     print(f"{base.name}, {work} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}\n")
     print("| GiB on a device | arguments | written over | temporaries | peak | on the host |\n|---|---|---|---|---|---|", flush=True)

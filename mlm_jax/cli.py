@@ -193,6 +193,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("out", metavar="OUT_DIR", type=Path, help="the directory to write; it must not exist or be empty")
     _trust(sub)
 
+    sub = verb("plan", plan, "say whether a train step fits a TPU slice, how long it takes and what it costs, before there is a TPU")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="a file (experiments/tiny.py) or a module (experiments.tiny)")
+    sub.add_argument(
+        "--topology", required=True, metavar="SLICE", help="a mesh of chips (v5e:16x16) or an accelerator type (v5p-128); cpu or gpu: this machine"
+    )
+    sub.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them, joined by the data center's network")
+    sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set mesh.fsdp=8; repeatable")
+    sub.add_argument("--price", type=float, metavar="USD", help="of a chip-hour (default: the list price)")
+    sub.add_argument("--search", action="store_true", help="try meshes, remat, micro-batches, attention and loss chunks, and rank what fits")
+    sub.add_argument("--cache", type=Path, default=Path("runs/plans"), metavar="DIR", help="where what was tried is kept (default runs/plans)")
+
     sub = verb("report", report, "write report.html and loss.png of a run")
     sub.add_argument("run", metavar="RUN", type=Path, help="a run directory")
 
@@ -410,6 +421,41 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     runs.export_model(args.model, _on_disk("OUT_DIR", args.out), trust_code=args.trust_code)
     print(f"done: {args.out}", file=sys.stderr)
     return {"hf": str(args.out)}
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_jax import experiment
+    from mlm_jax.config import InputError, parse_set
+    from mlm_jax.plan import describe, here, search, topology, tpu
+
+    changes = parse_set(args.set)
+    loaded = experiment.load(args.experiment).with_changes(changes)
+    if args.topology in here.PLATFORMS:
+        if args.search or args.slices != 1 or args.price is not None:
+            raise InputError("--topology", args.topology, "has neither slices nor a price, and nothing is searched", "Give a TPU slice for these")
+        at_hand = here.plan(loaded.config, loaded.build, args.topology)
+        if not args.json:
+            print(here.describe(at_hand), end="")
+        return at_hand.to_json()
+    slice_ = topology.parse(args.topology, args.slices)
+    attempt = search.attempts(args.experiment, changes, args.topology, args.slices, _on_disk("--cache", args.cache))
+    found = []
+    if args.search:
+        found = search.search(loaded.config, slice_, attempt, say=lambda line: print(line, file=sys.stderr, flush=True))
+        loaded = loaded.with_changes(found[0].changes)
+    try:
+        made = tpu.plan(loaded.config, loaded.build, slice_, usd_per_chip_hour=args.price)
+    except tpu.DoesNotFit as e:
+        print(f"{e}; trying what would help", file=sys.stderr, flush=True)
+        for line in e.largest:
+            print(f"  {line}", file=sys.stderr)
+        helps = "; or ".join(f"{' '.join(search.settings(one.changes))} ({one.cost})" for one in search.remedies(loaded.config, slice_, attempt))
+        raise InputError("--topology", slice_.name, str(e), f"Give {helps}" if helps else "Take a larger slice, or a smaller batch") from e
+    if not args.json:
+        if found:
+            print("\n".join(["Tried, the best first:", *map(str, found), "", "The best:", *search.settings(found[0].changes), ""]))
+        print(describe.describe(made), end="")
+    return made.to_json() | ({"search": [one._asdict() for one in found]} if args.search else {})
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:

@@ -313,6 +313,12 @@ class DataConfig(SourceConfig):
             _check(not twice, "data.mixture.name", twice, "two sources have it", "Give each a name of its own")
 
     @property
+    def vocab_size(self) -> int:
+        """What the tokenizer will have; 0: that depends on the text."""
+        sizes = {"gpt2": 50_257, "bpe": self.bpe_vocab_size, "byte": 257, "char": 0}
+        return sizes[self.tokenizer] and sizes[self.tokenizer] + len(self.special_tokens)
+
+    @property
     def sources(self) -> tuple[MixedSourceConfig, ...]:
         """All sources; one that is alone is without a name."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(SourceConfig)}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -221,7 +222,9 @@ def gather(w: jax.Array, letters: str, *, over: str = "B") -> Gathered | jax.Arr
     def each(part: jax.Array) -> jax.Array:
         for i, names in enumerate(split):
             for axis in set(names) & set(axes):
-                part = jax.lax.all_gather(part, axis, axis=i, tiled=True)
+                # The parts come on an axis of their own: one that a TPU's tiles do not divide it would sum as a whole on the way back.
+                parts = jnp.moveaxis(jax.lax.all_gather(part, axis), 0, i)
+                part = parts.reshape(*part.shape[:i], -1, *part.shape[i + 1 :])
         return part[None]
 
     whole = (tuple(axis for axis in names if axis not in axes) or None for names in split)

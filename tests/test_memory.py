@@ -63,10 +63,11 @@ AHEAD_OF_TIME = """
 import json, sys
 from experiments import bench_memory, gpt2_124m
 from mlm_jax.config import override
+from mlm_jax.plan import topology
 
 small = {"vocab_size": 8192, "context_len": 256, "n_layers": 4, "n_heads": 4, "d_model": 256, "d_ff": 1024, "attention": "reference"}
 config = override(gpt2_124m.CONFIG, {"train.batch_size": 8} | {f"model.{name}": value for name, value in small.items()})
-devices = bench_memory.tpu("v5e:2x4")[:1]
+devices = topology.parse("v5e:2x4").devices()[:1]
 print(json.dumps({row: bench_memory.measure(override(config, bench_memory.ROWS[row]), devices)._asdict() for row in json.loads(sys.argv[1])}))
 """
 

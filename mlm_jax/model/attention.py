@@ -75,7 +75,7 @@ def attention(
     if visibility.start is not None and implementation != "xla":
         implementation = "reference"
     elif implementation == "auto":
-        names = ("splash", "cudnn", "blocked" if hardware()[0] == "cpu" else "reference", "reference")
+        names = ("splash", "cudnn", "reference" if hardware()[0] == "gpu" else "blocked", "reference")
         implementation = next(name for name in names if not obstacle(name, q_BNTH, k_BKSH, visibility, dropped))
     if refusal := obstacle(implementation, q_BNTH, k_BKSH, visibility, dropped):
         raise InputError("model.attention", implementation, *refusal)

@@ -79,7 +79,9 @@ def int8(params: Any) -> Any:
     return jax.jit(lambda params: jax.tree_util.tree_map_with_path(of, params))(params)
 
 
-def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8 | sharding.Gathered, *, dtype: Any = None, matmul: str = "full") -> Float[Array, "..."]:
+def einsum(
+    letters: str, x: Float[Array, "..."], w: Array | Int8 | sharding.Gathered, *, dtype: Any = None, matmul: str = "full"
+) -> Float[Array, "..."]:
     """`jnp.einsum` of activations and a weight, computed in the dtype of `x` and returned in it, or in `dtype`.
 
     `matmul` is that of the configuration: how a weight that is no Int8 yet is multiplied.
@@ -89,9 +91,9 @@ def einsum(letters: str, x: Float[Array, "..."], w: Array | Int8 | sharding.Gath
     """
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     if not isinstance(w, Int8):
-        if matmul != "full":
-            return low_precision.einsum(letters, x, w, matmul)
         if not isinstance(w, sharding.Gathered):
+            if matmul != "full":
+                return low_precision.einsum(letters, x, w, matmul)
             w = w.astype(x.dtype)
             w = sharding.gather(w, right) if sharding.gathers(x.shape[0]) else w
         if isinstance(w, sharding.Gathered):

@@ -27,6 +27,7 @@ class Collective(NamedTuple):
     op_name: str
     shape: str
     phase: str
+    hidden: bool = False  # it is begun ahead of its use, and goes on beside other work
 
 
 class _Layout(NamedTuple):

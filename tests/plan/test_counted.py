@@ -193,7 +193,7 @@ def test_what_a_change_costs_has_its_direction_and_size():
     assert 1.5 * plain.bytes < double.bytes < 2 * plain.bytes  # the parameters and their moments stay as large
     # The forward products are 1/3 of all; the last of the MLP and those of the head are not needed again.
     assert 1.15 < flops(step(model__remat="full")) / flops(plain) < 4 / 3
-    assert flops(step(train__loss_chunks=4)) == pytest.approx(flops(plain) + head / 3)
+    assert flops(step(train__loss_chunks=4)) == pytest.approx(flops(plain)), "no logits are made twice"
     params = jax.eval_shape(lambda: gpt2.init(gpt2.GPT2(SMALL.model), jax.random.key(0)))
     assert plain.boundary_bytes == pytest.approx(2 * 3 * 4 * gpt2.n_params(params), rel=0.02)  # read and written, with two moments
 

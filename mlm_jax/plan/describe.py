@@ -1,0 +1,136 @@
+"""A plan as a page of text."""
+
+from collections.abc import Iterable, Sequence
+
+from mlm_jax import chips
+from mlm_jax.metrics import duration
+from mlm_jax.plan.tpu import Memory, Plan
+
+PHASES = ("forward", "recomputed", "backward", "update")
+N_EXCHANGED = 10
+
+
+def describe(plan: Plan) -> str:
+    """The page: what fits, what it is made of, how long a step takes, days and price."""
+    t, m = plan.topology, plan.memory
+    slices = f"{t.slices} slices of " if t.slices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
+    rows = plan.batch_size // t.n_devices if plan.batch_size % t.n_devices == 0 else plan.batch_size / t.n_devices
+    left = f"{_gib(-m.over)} GiB free" if m.over <= 0 else f"{_gib(m.over)} GiB too much"
+    lines = [
+        f"{plan.name}, {plan.n_params:,} parameters, on {slices}{t.name} ({t.accelerator_type}): {t.n_chips} chips, {t.n_cores} cores, mesh {mesh}",
+        f"{plan.batch_size} x {plan.tokens // plan.batch_size} tokens a step, {rows:g} rows a device; "
+        + ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+        "",
+        f"{'FITS' if m.over <= 0 else 'DOES NOT FIT'}: {_gib(m.total)} of {_gib(m.usable)} GiB a device, {left}",
+        *table(("GiB a device", ""), _memory(m)),
+        "",
+        "Largest arrays in a device's memory",
+        *table(("GiB", "shape", "made by", "line"), [(_gib(size), shape, name or "(no name)", line) for size, shape, name, line in plan.largest]),
+        "",
+        *_cycles(plan),
+        "",
+        *_exchanged(plan),
+        "",
+        *_time(plan),
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _memory(m: Memory) -> list[tuple[str, str]]:
+    rows = [
+        ("parameters", m.parameters),
+        ("optimizer state", m.optimizer),
+        ("averaged parameters", m.average),
+        ("batch and scalars", m.batch),
+        ("gradients", m.gradients),
+        ("activations kept for the backward pass", m.activations),
+        ("temporaries", m.temporaries),
+        ("in the host's memory", m.host),
+    ]
+    return [(_gib(size), name) for name, size in rows if size]
+
+
+def _cycles(plan: Plan) -> list[str]:
+    """Cycles by part and phase, and the kernels that have none."""
+    parts = list(dict.fromkeys(part for phase in plan.cycles.values() for part in phase))
+    phases = [phase for phase in PHASES if phase in plan.cycles]
+    total = sum(n for phase in plan.cycles.values() for n in phase.values())
+    parts.sort(key=lambda part: -sum(plan.cycles[phase].get(part, 0) for phase in phases))
+    rows = [
+        (part, *(_mega(plan.cycles[phase].get(part, 0)) for phase in phases), _mega(sum(plan.cycles[p].get(part, 0) for p in phases)))
+        for part in parts
+    ]
+    rows.append(("all", *(_mega(sum(plan.cycles[phase].values())) for phase in phases), _mega(total)))
+    clock = plan.topology.chip.clock_hz
+    lines = [f"Planned cycles, in millions{f'; {clock / 1e9:.2f} GHz' if clock else ''}", *table(("", *phases, "all"), rows)]
+    for kernel in plan.kernels:
+        flops = f", {kernel.flops / 1e9:.1f} GFLOP" if kernel.flops else ""
+        lines.append(f"without an estimate: kernel {kernel.name}, {kernel.phase}, {kernel.times} x{flops}, {kernel.source}")
+    return lines
+
+
+def _exchanged(plan: Plan) -> list[str]:
+    rows = [
+        (
+            one.kind,
+            one.axes,
+            f"{one.times}",
+            f"{one.bytes / 1e6:.1f}",
+            f"{one.seconds * 1e3:.2f}",
+            "yes" if one.hidden else "no",
+            one.phase,
+            one.source,
+        )
+        for one in plan.exchanged[:N_EXCHANGED]
+    ]
+    if rest := plan.exchanged[N_EXCHANGED:]:
+        n, size, seconds = (sum(getattr(one, name) for one in rest) for name in ("times", "bytes", "seconds"))
+        rows.append((f"{len(rest)} others", "", f"{n}", f"{size / 1e6:.1f}", f"{seconds * 1e3:.2f}", "", "", ""))
+    sums = [(kind, sum(one.bytes for one in plan.exchanged if one.kind == kind)) for kind in dict.fromkeys(one.kind for one in plan.exchanged)]
+    every = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sums)
+    title = (
+        f"Exchanges of a device in a step: {sum(size for _, size in sums) / 1e6:.1f} MB sent ({every})" if sums else "No exchanges between devices"
+    )
+    return [title, *table(("kind", "along", "times", "MB sent", "ms", "hidden", "phase", "line"), rows)] if rows else [title]
+
+
+def _time(plan: Plan) -> list[str]:
+    b, t = plan.budget, plan.topology
+    work = plan.compute_s if plan.compute_s is not None else plan.flops_s
+    how = "planned cycles" if plan.compute_s is not None else "FLOPs at peak, for want of a known clock"
+    speeds = [
+        ("at least", plan.lower_s, "every exchange hidden, kernels at their best"),
+        ("estimate", plan.step_s, "exchanges hidden that the compiler starts early"),
+        ("at most", plan.upper_s, "no exchange hidden"),
+    ]
+    parts = [(f"{work * 1e3:.1f}", how), (f"{plan.communication_s * 1e3:.1f}", "exchanges, by bytes over links")]
+    if plan.kernels:
+        parts.append((f"{plan.kernels_s[0] * 1e3:.1f} to {plan.kernels_s[1] * 1e3:.1f}", "kernels, by FLOPs"))
+    rows = [(name, f"{s * 1e3:.1f}", f"{plan.tokens / s:,.0f}", f"{plan.mfu(s):.1%}", why) for name, s, why in speeds]
+    return [
+        "Time of a step, in ms",
+        *table(("ms", ""), parts),
+        "",
+        *table(("", "ms", "tokens/s", "MFU", ""), rows),
+        "",
+        f"{plan.steps:,} steps, {plan.steps * plan.tokens / 1e9:.2f} billion tokens: {duration(b.step_s * b.steps)} of stepping ({b.days:.2f} days), "
+        f"{b.chip_hours:,.0f} chip-hours, {b.usd:,.0f} USD at {b.usd_per_chip_hour:.2f} a chip-hour",
+        f"List price of a {t.chip.name} on demand, {chips.PRICES_OF}; --price sets another. Validation, checkpoints and starting are not in it.",
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3f}" if abs(size) < 2**30 else f"{size / 2**30:.2f}"
+
+
+def _mega(cycles: int) -> str:
+    return f"{cycles / 1e6:.1f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns that line up: numbers to the right, words to the left."""
+    every = [list(head), *map(list, rows)]
+    widths = [max(len(row[k]) for row in every) for k in range(len(head))]
+    numeric = [all(row[k][:1].isdigit() or not row[k] for row in every[1:]) for k in range(len(head))]
+    return ["  " + "  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(row, widths, numeric, strict=True)) for row in every]

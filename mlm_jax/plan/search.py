@@ -1,0 +1,204 @@
+"""Which settings of a run do best on a slice: each is compiled, what does not fit is dropped, and the rest is ranked by the estimate of its step.
+
+What may change is what changes no number that a run writes beyond rounding: the mesh, what is computed again, into how many parts the batch and
+the loss are cut, and how attention is computed. The search goes along one of these at a time from the best so far, until none gets better.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlm_jax
+from mlm_jax import storage
+from mlm_jax.config import Config, InputError, override, to_json
+from mlm_jax.data import executor
+from mlm_jax.plan import topology as topologies
+from mlm_jax.plan.topology import Topology
+
+Changes = Mapping[str, Any]
+Attempt = Callable[[Sequence[Changes]], list["Found"]]
+REMATS = ("none", "attention", "dots", "full")
+ATTENTIONS = ("splash", "flash", "blocked")
+CHUNKS = (1, 2, 4, 8)
+GIB_EACH = 4  # of memory, that compiling a step of GPT-2 takes
+
+
+class Found(NamedTuple):
+    """What became of a setting."""
+
+    changes: dict[str, Any]
+    step_s: float | None  # None: it does not fit, or is refused
+    reason: str  # why
+    gib: float  # on one device; 0 where it is refused
+
+    @property
+    def cost(self) -> str:
+        """The step and the memory, or why there are none."""
+        return f"{self.step_s * 1e3:.1f} ms a step, {self.gib:.2f} GiB" if self.step_s is not None else self.reason
+
+    def __str__(self) -> str:
+        return f"{self.cost}: {' '.join(settings(self.changes)) or 'as it is'}"
+
+
+def settings(changes: Changes) -> list[str]:
+    """The changes as `--set` flags."""
+    return [f"--set {path}={value}" for path, value in changes.items()]
+
+
+def meshes(config: Config, topology: Topology) -> list[dict[str, int]]:
+    """The meshes of data and FSDP, and of tensors in two, that the axes and the batch can be split over: those that split parameters least first."""
+    n, m = topology.n_devices // topology.slices, config.model
+    found = []
+    for tensor, fsdp in itertools.product((1, 2), (f for f in range(1, n + 1) if n % f == 0)):
+        legal = m.d_model % fsdp == 0 and m.n_heads % tensor == 0 and m.n_keys % tensor == 0 and m.d_ff % tensor == 0
+        if n % (fsdp * tensor) == 0 and legal and config.train.batch_size % (topology.n_devices // tensor) == 0:
+            found.append({"mesh.data": n // fsdp // tensor, "mesh.fsdp": fsdp, "mesh.tensor": tensor})
+    return found
+
+
+def choices(config: Config, topology: Topology) -> list[list[dict[str, Any]]]:
+    """What the search chooses from, one thing after the other."""
+    rows = config.train.batch_size // topology.n_devices
+    micro = [k for k in (1, 2, 4, 8) if rows % k == 0 and config.train.batch_size % k == 0]
+    return [
+        meshes(config, topology),
+        [{"model.remat": name, "train.micro_batches": k} for name in REMATS for k in micro],  # two ways to pay for memory
+        [{"model.attention": name} for name in ATTENTIONS],
+        [{"train.loss_chunks": k} for k in CHUNKS if config.model.context_len % k == 0],
+    ]
+
+
+def search(config: Config, topology: Topology, attempt: Attempt, *, say: Callable[[str], None] = lambda line: None) -> list[Found]:
+    """All settings that were tried, the best first, those that do not fit last.
+
+    From one that fits: the given one, or the frugal one, all that saves memory.
+
+    Raises:
+      InputError: nothing that was tried fits.
+    """
+    tried: dict[str, Found] = {}
+
+    def look(several: Iterable[Changes]) -> list[Found]:
+        new = {_key(changes): dict(changes) for changes in several}
+        asked = {key: changes for key, changes in new.items() if key not in tried}
+        for key, found in zip(asked, attempt(list(asked.values())), strict=True):
+            tried[key] = found
+            say(str(found))
+        return [tried[key] for key in new]
+
+    frugal = {"model.remat": "full", "model.attention": "splash", "train.loss_chunks": 8} | (meshes(config, topology) or [{}])[-1]
+    start = [found for found in look([{}, frugal]) if found.step_s is not None]
+    if not start:
+        reason = f"neither as it is nor with {' '.join(settings(frugal))} does it fit {topology.name}"
+        raise InputError("--search", "", reason, "Take a larger slice, a smaller batch, or more train.micro_batches")
+    best, before = min(start, key=_seconds), None
+    while before != best:
+        before = best
+        for options in choices(config, topology):
+            best = min([best, *look(best.changes | option for option in options)], key=_seconds)
+    return sorted(tried.values(), key=_seconds)
+
+
+def remedies(config: Config, topology: Topology, attempt: Attempt, *, n: int = 3) -> list[Found]:
+    """The cheapest changes with which `config` fits, at most `n`, by the estimate of the step; several at once where one is not enough."""
+    splits = [mesh for mesh in meshes(config, topology) if mesh["mesh.fsdp"] > config.mesh.fsdp and mesh["mesh.tensor"] == 1]
+    mesh = splits[:1] + splits[-1:] if len(splits) > 1 else splits
+    half = {"train.micro_batches": 2 * config.train.micro_batches}  # rows at a time
+    singles: list[dict[str, Any]] = [{"train.loss_chunks": 8}, {"model.remat": "attention"}, {"model.remat": "full"}, half, *mesh]
+    legal = [one for one in singles if any(getattr(_part(config, path), path.partition(".")[2]) != value for path, value in one.items())]
+    fitting = [found for found in attempt(legal) if found.step_s is not None]
+    rows = config.train.batch_size // topology.n_devices
+    more = [{"train.micro_batches": k} for k in (2, 4, 8, 16, 32) if rows % k == 0 and k > config.train.micro_batches]
+    frugal = {"train.loss_chunks": 8, "model.remat": "full"}
+    for several in ([frugal, frugal | half], [frugal | one for one in mesh], [frugal | one for one in more[1:]]):
+        if len(fitting) < n:
+            fitting += [found for found in attempt(several) if found.step_s is not None]
+    return sorted(fitting, key=_seconds)[:n]
+
+
+def _part(config: Config, path: str) -> Any:
+    return getattr(config, path.partition(".")[0])
+
+
+def _seconds(found: Found) -> float:
+    return float("inf") if found.step_s is None else found.step_s
+
+
+def _key(changes: Changes) -> str:
+    return json.dumps(dict(sorted(changes.items())))
+
+
+# ---- compiling, in parallel, and once ----
+
+
+def attempts(reference: str, given: Changes, topology: str, slices: int, cache: Path, *, workers: int = 0) -> Attempt:
+    """What plans the experiment `reference` with `given` and other changes, `workers` at a time (0: as many as the machine has cores and memory for),
+    and keeps what it finds in the folder `cache`."""
+
+    def run(several: Sequence[Changes]) -> list[Found]:
+        if not several:
+            return []
+        n = workers or max(1, min(executor.cores(), len(several), _free_gib() // GIB_EACH))
+        jobs = [(reference, {**given, **changes}, topology, slices, cache) for changes in several]
+        with concurrent.futures.ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            return [Found(dict(changes), *found) for changes, found in zip(several, pool.map(_planned, jobs), strict=True)]
+
+    return run
+
+
+def _planned(job: tuple[str, dict[str, Any], str, int, Path]) -> tuple[float | None, str, float]:
+    """(seconds of a step, why there are none, GiB a device) of one job, in a process of its own."""
+    from mlm_jax import experiment
+    from mlm_jax.plan import tpu
+
+    reference, changes, name, slices, cache = job
+    topology = topologies.parse(name, slices)
+    try:
+        loaded = experiment.load(reference).with_changes(changes)
+        kept = cache / f"{fingerprint(loaded.config, loaded.files, topology)}.json"
+        if kept.is_file():
+            return tuple(json.loads(kept.read_text("utf-8")))
+        made = tpu.plan(loaded.config, loaded.build, topology)
+        found = made.step_s, "", made.memory.total / 2**30
+    except InputError as e:
+        return None, str(e), 0.0
+    except tpu.DoesNotFit as e:
+        found = None, str(e), e.need / 2**30
+    cache.mkdir(parents=True, exist_ok=True)
+    storage.write_text(kept, json.dumps(found))
+    return found
+
+
+def fingerprint(config: Config, files: Mapping[str, Any], topology: Topology) -> str:
+    """What a plan depends on: the settings, the experiment's code and ours, the slice, and the versions of what compiles it."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")]
+    code = [file.sha256 for file in files.values()]
+    text = to_json(override(config, {"name": "plan"})), code, _own_code(), topology.name, topology.slices, versions, sys.version_info[:2]
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _own_code() -> str:
+    """A hash of the package's own code."""
+    root = Path(mlm_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _free_gib() -> int:
+    """Memory of this machine that nothing uses, in GiB; much, where it does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) >> 20
+    except (OSError, KeyError, ValueError):
+        return 1 << 20
