@@ -179,7 +179,8 @@ def _planned(job: tuple[str, dict[str, Any], str, int, Path]) -> tuple[float | N
 
 def fingerprint(config: Config, files: Mapping[str, Any], topology: Topology) -> str:
     """What a plan depends on: the settings, the experiment's code and ours, the slice, and the versions of what compiles it."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")]
+    compilers = {"jax", "jaxlib", "libtpu", "flax", "optax"}
+    versions = sorted((one.name, one.version) for one in importlib.metadata.distributions() if one.name in compilers)
     code = [file.sha256 for file in files.values()]
     text = to_json(override(config, {"name": "plan"})), code, _own_code(), topology.name, topology.slices, versions, sys.version_info[:2]
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:32]
