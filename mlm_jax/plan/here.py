@@ -13,7 +13,7 @@ from mlm_jax.model import gpt2
 from mlm_jax.plan import counted
 from mlm_jax.plan.describe import table
 from mlm_jax.plan.tpu import with_vocabulary
-from mlm_jax.train import abstract_state, check_batches, lower_step, trace_step
+from mlm_jax.train import abstract_state, check_batches, trace_step
 
 PLATFORMS = ("cpu", "gpu")
 
@@ -59,7 +59,7 @@ def plan(config: Config, build: Callable[[ModelConfig], gpt2.Model], platform: s
     with jax.sharding.set_mesh(mesh):
         traced = trace_step(config, model, mesh, config.train.batch_size, documents)
         found = counted.count(traced.jaxpr)
-        need = observe.need(lower_step(config, model, mesh, config.train.batch_size, documents).compile())
+        need = observe.need(traced.lower().compile())
         n_params = gpt2.n_params(abstract_state(config, model, mesh).params)
     machine = counted.measure_machine(found.flops)
     estimated = counted.estimate(found, machine, mesh.size)

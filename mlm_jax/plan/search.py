@@ -111,21 +111,15 @@ def remedies(config: Config, topology: Topology, attempt: Attempt, *, n: int = 3
     """The cheapest changes with which `config` fits, at most `n`, by the estimate of the step; several at once where one is not enough."""
     splits = [mesh for mesh in meshes(config, topology) if mesh["mesh.fsdp"] > config.mesh.fsdp and mesh["mesh.tensor"] == 1]
     mesh = splits[:1] + splits[-1:] if len(splits) > 1 else splits
-    half = {"train.micro_batches": 2 * config.train.micro_batches}  # rows at a time
-    singles: list[dict[str, Any]] = [{"train.loss_chunks": 8}, {"model.remat": "attention"}, {"model.remat": "full"}, half, *mesh]
-    legal = [one for one in singles if any(getattr(_part(config, path), path.partition(".")[2]) != value for path, value in one.items())]
-    fitting = [found for found in attempt(legal) if found.step_s is not None]
     rows = config.train.batch_size // topology.n_devices
     more = [{"train.micro_batches": k} for k in (2, 4, 8, 16, 32) if rows % k == 0 and k > config.train.micro_batches]
+    singles: list[dict[str, Any]] = [{"train.loss_chunks": 8}, {"model.remat": "attention"}, {"model.remat": "full"}, *more[:1], *mesh]
+    fitting = [found for found in attempt([one for one in singles if override(config, one) != config]) if found.step_s is not None]
     frugal = {"train.loss_chunks": 8, "model.remat": "full"}
-    for several in ([frugal, frugal | half], [frugal | one for one in mesh], [frugal | one for one in more[1:]]):
+    for several in ([frugal, *(frugal | one for one in more[:1])], [frugal | one for one in mesh], [frugal | one for one in more[1:]]):
         if len(fitting) < n:
             fitting += [found for found in attempt(several) if found.step_s is not None]
     return sorted(fitting, key=_seconds)[:n]
-
-
-def _part(config: Config, path: str) -> Any:
-    return getattr(config, path.partition(".")[0])
 
 
 def _seconds(found: Found) -> float:
@@ -139,14 +133,14 @@ def _key(changes: Changes) -> str:
 # ---- compiling, in parallel, and once ----
 
 
-def attempts(reference: str, given: Changes, topology: str, slices: int, cache: Path, *, workers: int = 0) -> Attempt:
-    """What plans the experiment `reference` with `given` and other changes, `workers` at a time (0: as many as the machine has cores and memory for),
-    and keeps what it finds in the folder `cache`."""
+def attempts(reference: str, given: Changes, topology: str, slices: int, cache: Path) -> Attempt:
+    """What plans the experiment `reference` with `given` and other changes, as many at a time as the machine has cores and memory for, and keeps
+    what it finds in the folder `cache`."""
 
     def run(several: Sequence[Changes]) -> list[Found]:
         if not several:
             return []
-        n = workers or max(1, min(executor.cores(), len(several), _free_gib() // GIB_EACH))
+        n = max(1, min(executor.cores(), len(several), _free_gib() // GIB_EACH))
         jobs = [(reference, {**given, **changes}, topology, slices, cache) for changes in several]
         with concurrent.futures.ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             return [Found(dict(changes), *found) for changes, found in zip(several, pool.map(_planned, jobs), strict=True)]

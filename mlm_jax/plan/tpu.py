@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mlm_jax import metrics, objectives, sharding
 from mlm_jax.config import Config, InputError, ModelConfig, override
@@ -174,9 +175,10 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
     """The plan of the train step of `config` on all devices of `topology`; takes as long as compiling it, about a minute for GPT-2.
 
     Raises:
-      InputError: the mesh does not fit the topology, or the batch the mesh; libtpu is not installed.
+      InputError: the mesh does not fit the topology, or the batch the mesh; the price is none; libtpu is not installed.
       DoesNotFit: it needs more memory than a device has.
     """
+    money = budget(topology, 0.0, config.train.steps, usd_per_chip_hour)  # a price that is none is refused before a minute of compiling
     config = with_vocabulary(config)
     if topology.slices != config.mesh.slices and config.mesh.slices == 1:
         config = override(config, {"mesh.slices": topology.slices})
@@ -223,11 +225,11 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
         compute_s=sum(n for parts in cycles.values() for n in parts.values()) / clock if clock else None,
         kernels_s=(at_best, 2 * at_best),
         flops_s=flops_s,
-        budget=budget(topology, 0.0, config.train.steps, usd_per_chip_hour),
+        budget=money,
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         compiled_in_s=round(took, 1),
     )
-    return dataclasses.replace(made, budget=made.budget._replace(step_s=made.step_s))
+    return dataclasses.replace(made, budget=money._replace(step_s=made.step_s))
 
 
 def _memory(compiled: Any, program: hlo.Program, state: Any, topology: Topology) -> Memory:
@@ -293,17 +295,8 @@ def _axes(groups: tuple[tuple[int, ...], ...], mesh: jax.sharding.Mesh) -> str:
     """The axes of the mesh along which the devices of a group differ."""
     if not groups:
         return ""
-    places = [[int(i) for i in _place(device, tuple(mesh.shape.values()))] for device in groups[0]]
+    places = [np.unravel_index(device, mesh.devices.shape) for device in groups[0]]
     return " + ".join(name for k, name in enumerate(mesh.shape) if len({place[k] for place in places}) > 1)
-
-
-def _place(index: int, shape: tuple[int, ...]) -> list[int]:
-    """The coordinates of a flat index."""
-    place = []
-    for size in reversed(shape):
-        index, rest = divmod(index, size)
-        place.append(rest)
-    return place[::-1]
 
 
 def _flops(name: str, phase: str, times: int, config: Config, mesh: jax.sharding.Mesh) -> float:

@@ -45,6 +45,7 @@ def test_bad_input_is_refused_in_one_line(small, capfd):
     assert "--topology = v9:2x2: names none of the TPUs v4, v5e, v5p, v6e, tpu7x." in refused(capfd, small, "--topology", "v9:2x2")
     assert "v5e:2x4 (v5litepod-8)" in refused(capfd, small, "--topology", "v5e:3x3")
     assert "--topology = gpu: the devices of this machine are of kind cpu." in refused(capfd, small, "--topology", "gpu")
+    assert "--price = -1.0: no price of a chip-hour in USD." in refused(capfd, small, "--topology", "v5e:2x4", "--price", "-1")
     assert "has neither slices nor a price" in refused(capfd, small, "--topology", "cpu", "--search")
     assert "depends on the text. Set model.vocab_size" in refused(capfd, small, "--topology", "cpu", "--set", "data.tokenizer=char")
     assert "--cache = gs://b/plans: is in a bucket." in refused(capfd, small, "--topology", "v5e:2x4", "--cache", "gs://b/plans")

@@ -11,7 +11,7 @@ FileNames
 1 "/home/u/site-packages/jax/_src/api.py"
 2 "/home/u/repo/mlm_jax/model/gpt2.py"
 3 "/home/u/repo/mlm_jax/sharding.py"
-4 "/home/u/work/ablation.py"
+4 "/home/u/own/ablation.py"
 
 FunctionNames
 1 "f"
