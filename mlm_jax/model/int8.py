@@ -91,6 +91,8 @@ def einsum(
     """
     (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
     if not isinstance(w, Int8):
+        if "H" in right:
+            return _of_heads(letters, x, w, dtype=dtype, matmul=matmul)
         if not isinstance(w, sharding.Gathered):
             if matmul != "full":
                 return low_precision.einsum(letters, x, w, matmul)
@@ -122,3 +124,12 @@ def einsum(
     sums = jnp.einsum(f"Z{left},{right}->Z{out}", digits, w.values, preferred_element_type=jnp.int32).astype(jnp.float32)
     unit = unit.squeeze(x_summed)
     return ((BASE * sums[0] + sums[1]) * jnp.expand_dims(unit, range(unit.ndim, unit.ndim + scale.ndim)) * scale).astype(dtype or x_dtype)
+
+
+def _of_heads(letters: str, x: Float[Array, "..."], w: Any, **how: Any) -> Float[Array, "..."]:
+    """`einsum` to heads or from them, all heads as one axis: a product with one of 64 alone fills half of the width of a TPU's matrix unit."""
+    if letters.endswith("H"):
+        y = einsum(letters.replace("H", ""), x, w.reshape(w.shape[0], -1), **how)
+        return y.reshape(*y.shape[:-1], *w.shape[1:])
+    x = x.swapaxes(1, 2)  # BNTH to BTNH
+    return einsum(letters.replace("BNTH", "BTN").replace("H", ""), x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1]), **how)

@@ -199,7 +199,7 @@ class Program:
                 sent = sum(array_bytes(around[name].type) for name in one.operands if name in around)
                 together = groups(one.text)
                 n = len(together[0]) if together else 1
-                origins = _origins(one, around)
+                origins = _origins(one, around) or _origins(executed.instruction, executed.around)
                 op_name = next((origin.op_name for origin in origins), "")
                 made = Collective(
                     kind=one.collective,
@@ -223,6 +223,8 @@ class Program:
         elif one.op == "fusion":
             inside = self.computations.get(one.attribute("calls"), {})
             exchanges = [inner for inner in inside.values() if inner.collective]
+            if "AllReduceScatterFusion" in one.text:  # what libtpu makes of a reduce-scatter: an all-reduce of which each keeps its part
+                exchanges = [inner._replace(op="reduce-scatter") if inner.op == "all-reduce" else inner for inner in exchanges]
             targets = {inner.attribute("custom_call_target") for inner in inside.values()}
             started = "AsyncCollectiveStart" in targets
             if started or not self._started & {inner.attribute("channel_id") for inner in exchanges}:
