@@ -80,9 +80,10 @@ def _bits(dtype: str) -> int:
 
 
 class Program:
-    """A compiled program."""
+    """A compiled program. A loop that ends by what it computes is taken to go round `uncounted` times, where that is given."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, uncounted: int | None = None) -> None:
+        self._uncounted = uncounted
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         self._tables: dict[str, dict[int, str]] = {name: {} for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")}
@@ -108,7 +109,7 @@ class Program:
         """Every instruction outside of fusions, with how often it is executed.
 
         Raises:
-          ValueError: a loop does not count from a constant to a constant.
+          ValueError: a loop does not count from a constant to a constant, and nothing was said of such loops.
         """
         return list(self._visit(self.entry, 1))
 
@@ -129,8 +130,16 @@ class Program:
         """How often `loop`, of the computation `around`, goes round: from its condition (below a constant), step and start.
 
         Raises:
-          ValueError: it does not count so.
+          ValueError: it does not count so, and nothing was said of such loops.
         """
+        try:
+            return self._counted(around, loop)
+        except ValueError:
+            if self._uncounted is None:
+                raise
+            return self._uncounted
+
+    def _counted(self, around: Computation, loop: Instruction) -> int:
         condition, body = self.computations[loop.attribute("condition")], self.computations[loop.attribute("body")]
         test = next(one for one in condition.values() if one.root)
         counter, limit = condition.get(test.operands[0]), _constant(condition, test.operands[1]) if len(test.operands) == 2 else None
@@ -192,8 +201,8 @@ class Program:
         return dict(found)
 
     def collectives(self) -> list[Collective]:
-        """Every exchange between devices, once each: an asynchronous one is written where it starts, where it goes on and where it ends."""
-        found: dict[tuple[str, str, int], Collective] = {}
+        """Every exchange between devices, once each."""
+        found = []
         for executed in self.executed:
             for one, around, hidden in self._exchanges(executed):
                 sent = sum(array_bytes(around[name].type) for name in one.operands if name in around)
@@ -201,42 +210,38 @@ class Program:
                 n = len(together[0]) if together else 1
                 origins = _origins(one, around) or _origins(executed.instruction, executed.around)
                 op_name = next((origin.op_name for origin in origins), "")
-                made = Collective(
-                    kind=one.collective,
-                    times=executed.times,
-                    bytes=sent * n if one.collective == "all-gather" else sent,
-                    groups=together,
-                    source=" ".join(dict.fromkeys(line for origin in origins if (line := self.line(origin)))),
-                    op_name=op_name,
-                    shape=re.sub(r"\{[^}]*\}", "", one.type),
-                    phase=phase(op_name),
-                    hidden=hidden,
+                found.append(
+                    Collective(
+                        kind=one.collective,
+                        times=executed.times,
+                        bytes=sent * n if one.collective == "all-gather" else sent,
+                        groups=together,
+                        source=" ".join(dict.fromkeys(line for origin in origins if (line := self.line(origin)))),
+                        op_name=op_name,
+                        shape=re.sub(r"\{[^}]*\}", "", one.type),
+                        phase=phase(op_name) if op_name else usual_phase(executed.around),
+                        hidden=hidden,
+                    )
                 )
-                found[one.name, one.attribute("channel_id"), id(around)] = made
-        return list(found.values())
+        return found
 
     def _exchanges(self, executed: Executed) -> Iterator[tuple[Instruction, Computation, bool]]:
         """The exchanges that an instruction begins, itself or in the fusion that it is, and whether they end elsewhere."""
         one, around, _ = executed
         if one.collective:
             yield one, around, one.op.endswith("-start")
+        elif one.op == "send" and (kind := one.attribute("_xla_megascale_transfer_type")):  # between slices, by way of their hosts
+            yield one._replace(op=kind.lower().replace("_", "-")), around, True
         elif one.op == "fusion":
             inside = self.computations.get(one.attribute("calls"), {})
             exchanges = [inner for inner in inside.values() if inner.collective]
             if "AllReduceScatterFusion" in one.text:  # what libtpu makes of a reduce-scatter: an all-reduce of which each keeps its part
                 exchanges = [inner._replace(op="reduce-scatter") if inner.op == "all-reduce" else inner for inner in exchanges]
             targets = {inner.attribute("custom_call_target") for inner in inside.values()}
-            started = "AsyncCollectiveStart" in targets
-            if started or not self._started & {inner.attribute("channel_id") for inner in exchanges}:
-                yield from ((inner, inside, started) for inner in exchanges)
-
-    @functools.cached_property
-    def _started(self) -> set[str]:
-        """The channels of exchanges that are begun in a fusion of their own."""
-        beginning = [
-            c for c in self.computations.values() if any(one.attribute("custom_call_target") == "AsyncCollectiveStart" for one in c.values())
-        ]
-        return {one.attribute("channel_id") for computation in beginning for one in computation.values() if one.collective}
+            # It is written where it starts, in each fusion beside whose work it goes on, and where it ends. Its channel does not tell them: all
+            # exchanges of shard_map are on channel 1.
+            if "AsyncCollectiveDone" not in targets and not one.attribute("calls").startswith("async_collective_fusion"):
+                yield from ((inner, inside, "AsyncCollectiveStart" in targets) for inner in exchanges)
 
     def arrays(self) -> list[tuple[int, str, str, str]]:
         """(bytes, shape, path, line) of the arrays that instructions make in the device's memory, the largest first, each shape and path once."""
@@ -258,8 +263,7 @@ class Program:
             body = self.computations[one.attribute("body")]
             root = next(inner for inner in body.values() if inner.root)
             trips = self.trips(around, one)
-            bodies = collections.Counter(phase(inner.op_name) for inner in body.values() if inner.op_name)
-            in_phase = bodies.most_common(1)[0][0] if bodies else "update"
+            in_phase = usual_phase(body)
             for name in root.operands:
                 made = body[name]
                 arrays = ARRAY.findall(made.type)
@@ -290,9 +294,15 @@ def phase(op_name: str) -> str:
     return "forward" if "jvp(" in op_name else "update"
 
 
+def usual_phase(computation: Computation) -> str:
+    """The phase of most of its instructions."""
+    found = collections.Counter(phase(one.op_name) for one in computation.values() if one.op_name)
+    return found.most_common(1)[0][0] if found else "update"
+
+
 def part(op_name: str) -> str:
     """The part of a model that a path belongs to: the name of a block's part, embedding, norm, or "head and loss"; "other" of all else."""
-    if in_block := re.search(r"/blocks/([a-z]+)", op_name):
+    if in_block := re.search(r"/block(?:s|_\d+)/([a-z]+)", op_name):
         return in_block[1]
     if "norm_f" in op_name:
         return "norm"
@@ -322,8 +332,11 @@ def groups(text: str) -> tuple[tuple[int, ...], ...]:
     """The devices that take part together, of an instruction's text; () where it does not say.
 
     Source: openxla.org/xla/operation_semantics: listed, {{0,1},{2,3}}; as counts, [groups,size]<=[dims]T(order); as axes of a mesh,
-    mesh['a'=2,'b'=4] {'b'}.
+    mesh['a'=2,'b'=4] {'b'}. Between slices, as libtpu writes it: {1,2}x{0:3} is each of devices 0 to 3 with its like in the other slice.
     """
+    if between := re.search(r"_xla_megascale_target=\"\{([\d,]+)\}x\{0:(\d+)\}", text):
+        n_slices, n = len(between[1].split(",")), int(between[2]) + 1
+        return tuple(tuple(range(i, n_slices * n, n)) for i in range(n))
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
         return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d, ]+)\}", pairs[1]))
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):

@@ -62,7 +62,7 @@ LOOPS = """
   ROOT %begun = (f32[4], f32[16], u32[]) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
 }
 
-%goes_on (s2: f32[4]) -> f32[16] {
+%async_collective_fusion.1 (s2: f32[4]) -> f32[16] {
   %s2 = f32[4] parameter(0)
   ROOT %g2 = f32[16] all-gather(%s2), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
 }
@@ -75,7 +75,7 @@ LOOPS = """
 
 %all-reduce-scatter (s4: f32[4]) -> f32[2] {
   %s4 = f32[4] parameter(0)
-  %summed = f32[4] all-reduce(%s4), channel_id=9, replica_groups={{0,1},{2,3}}, to_apply=%product
+  %summed = f32[4] all-reduce(%s4), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%product
   ROOT %part = f32[2] dynamic-slice(%summed), dynamic_slice_sizes={2}
 }
 
@@ -89,13 +89,17 @@ ENTRY %main (b: f32[4], z: f32[4,8]) -> f32[4] {
 "xprof_metadata":"{}"
 }}, metadata={op_name="jit(f)/checkpoint/rematted_computation/splash" stack_frame_id=5}
   %f1 = (f32[4], f32[16], u32[]) fusion(%b), kind=kCustom, calls=%start
-  %f2 = f32[16] fusion(%b), kind=kCustom, calls=%goes_on
+  %f2 = f32[16] fusion(%b), kind=kCustom, calls=%async_collective_fusion.1
   %f3 = f32[16] fusion(%b), kind=kCustom, calls=%done
   %r = f32[4] all-reduce(%b), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%product
   %t = f32[1] reduce-scatter(%r), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, to_apply=%product
   %u = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%r), channel_id=2, source_target_pairs={{0,1},{1,0}}
   %gradient = f32[4] bitcast(%b), metadata={op_name="jit(f)/transpose(jvp(GPT2))/w" stack_frame_id=2}
   %v = f32[2] fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter, backend_config={"emitter":"SingleInputAllReduceScatterFusion"}
+  %token = token[] after-all()
+  %w = (f32[4], u32[], token[]) send(%gradient, %token), is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %w_done = token[] send-done(%w), is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %sum = f32[4] add(%b, %b), metadata={op_name="jit(f)/add" stack_frame_id=4}, backend_config={"estimated_cycles":"7"}
 }
 """
@@ -114,7 +118,7 @@ def test_the_cycles_of_a_loop_count_as_often_as_it_goes_round(program):
 
 
 def test_an_exchange_is_counted_once_however_often_it_is_written(program):
-    found = {one.kind: one for one in program.collectives()[:-1]}
+    found = {one.kind: one for one in program.collectives()[:-2]}
     assert list(found) == ["all-gather", "all-reduce", "reduce-scatter", "collective-permute"]
     # What the gather gives, and what the others take, of float32.
     assert {kind: (one.times, one.bytes, one.hidden) for kind, one in found.items()} == {
@@ -130,9 +134,15 @@ def test_an_exchange_is_counted_once_however_often_it_is_written(program):
 
 
 def test_an_all_reduce_of_which_each_keeps_its_part_is_a_reduce_scatter_of_what_it_reads(program):
-    last = program.collectives()[-1]
-    assert (last.kind, last.bytes, last.groups) == ("reduce-scatter", 16, ((0, 1), (2, 3)))
-    assert (last.phase, last.source) == ("backward", "mlm_jax/model/gpt2.py:88")
+    one = program.collectives()[-2]
+    assert (one.kind, one.bytes, one.groups) == ("reduce-scatter", 16, ((0, 1), (2, 3)))
+    assert (one.phase, one.source) == ("backward", "mlm_jax/model/gpt2.py:88")
+
+
+def test_what_goes_between_slices_by_way_of_hosts_is_an_exchange_of_each_device_with_its_likes(program):
+    one = program.collectives()[-1]
+    assert (one.kind, one.bytes, one.phase, one.hidden) == ("all-reduce", 16, "backward", True)
+    assert one.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
 def test_groups_written_as_a_transposed_count_are_those_of_numpy():
