@@ -132,6 +132,13 @@ def test_initialisation_has_gpt2s_standard_deviations():
     assert all((x == 0).all() for x in (p["norm_f"]["b_D"], p["blocks"]["mlp"]["b_up_F"])) and (p["norm_f"]["scale_D"] == 1).all()
 
 
+@pytest.mark.parametrize("attention", ["splash", "flash", "cudnn", "blocked"])
+def test_new_parameters_are_made_whatever_computes_attention(attention):
+    """Also where that cannot run here, or not with so few positions as they are made with."""
+    made = shapes_of(override(CONFIG, {"attention": attention}))
+    assert made == shapes_of(CONFIG)
+
+
 def test_unrolled_and_unstacked_layers_give_the_same_logits(params):
     tokens_BT = tokens(2, 16)
     scanned = logits(gpt2.GPT2(CONFIG), params, tokens_BT)
