@@ -202,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field, e.g. --set mesh.fsdp=8; repeatable")
     sub.add_argument("--price", type=float, metavar="USD", help="of a chip-hour (default: the list price)")
     sub.add_argument("--search", action="store_true", help="try meshes, remat, micro-batches, attention and loss chunks, and rank what fits")
+    sub.add_argument("--generate", action="store_true", help="plan the prefill and the decoding loop too, for sample.num rows")
     sub.add_argument("--cache", type=Path, default=Path("runs/plans"), metavar="DIR", help="where what was tried is kept (default runs/plans)")
 
     sub = verb("report", report, "write report.html and loss.png of a run")
@@ -426,13 +427,14 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_jax import experiment
     from mlm_jax.config import InputError, parse_set
-    from mlm_jax.plan import describe, here, search, topology, tpu
+    from mlm_jax.plan import describe, generate, here, search, topology, tpu
 
     changes = parse_set(args.set)
     loaded = experiment.load(args.experiment).with_changes(changes)
     if args.topology in here.PLATFORMS:
-        if args.search or args.slices != 1 or args.price is not None:
-            raise InputError("--topology", args.topology, "has neither slices nor a price, and nothing is searched", "Give a TPU slice for these")
+        if args.search or args.slices != 1 or args.price is not None or args.generate:
+            reason = "has neither slices nor a price, and neither search nor generation is planned for it"
+            raise InputError("--topology", args.topology, reason, "Give a TPU slice for these")
         at_hand = here.plan(loaded.config, loaded.build, args.topology)
         if not args.json:
             print(here.describe(at_hand), end="")
@@ -454,8 +456,18 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         if found:
             print("\n".join(["Tried, the best first:", *map(str, found), "", "The best:", *search.settings(found[0].changes), ""]))
-        print(describe.describe(made), end="")
-    return made.to_json() | ({"search": [one._asdict() for one in found]} if args.search else {})
+        print(describe.describe(made), end="", flush=True)
+    more: dict[str, Any] = {"search": [one._asdict() for one in found]} if args.search else {}
+    if args.generate:
+        try:
+            stages = generate.plan(loaded.config, loaded.build, slice_)
+        except tpu.DoesNotFit as e:
+            remedy = f"Set sample.num below {loaded.config.sample.num}, or more mesh.tensor or mesh.fsdp"
+            raise InputError("--generate", "", str(e), remedy) from e
+        if not args.json:
+            print(f"\n{generate.describe(stages, slice_)}", end="")
+        more["generate"] = [stage.to_json() for stage in stages]
+    return made.to_json() | more
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from mlm_jax import chips
 from mlm_jax.metrics import duration
-from mlm_jax.plan.tpu import Memory, Plan
+from mlm_jax.plan.tpu import Exchanged, Memory, Plan
 
 PHASES = ("forward", "recomputed", "backward", "update")
 N_EXCHANGED = 10
@@ -14,27 +14,42 @@ def describe(plan: Plan) -> str:
     """The page: what fits, what it is made of, how long a step takes, days and price."""
     t, m = plan.topology, plan.memory
     slices = f"{t.slices} slices of " if t.slices > 1 else ""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
     rows = plan.batch_size // t.n_devices if plan.batch_size % t.n_devices == 0 else plan.batch_size / t.n_devices
-    left = f"{_gib(-m.over)} GiB free" if m.over <= 0 else f"{_gib(m.over)} GiB too much"
+    left = f"{gib(-m.over)} GiB free" if m.over <= 0 else f"{gib(m.over)} GiB too much"
     lines = [
-        f"{plan.name}, {plan.n_params:,} parameters, on {slices}{t.name} ({t.accelerator_type}): {t.n_chips} chips, {t.n_cores} cores, mesh {mesh}",
+        f"{plan.name}, {plan.n_params:,} parameters, on {slices}{t.name} ({t.accelerator_type}): {t.n_chips} chips, {t.n_cores} cores, {_mesh(plan)}",
         f"{plan.batch_size} x {plan.tokens // plan.batch_size} tokens a step, {rows:g} rows a device; "
         + ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
         "",
-        f"{'FITS' if m.over <= 0 else 'DOES NOT FIT'}: {_gib(m.total)} of {_gib(m.usable)} GiB a device, {left}",
+        f"{'FITS' if m.over <= 0 else 'DOES NOT FIT'}: {gib(m.total)} of {gib(m.usable)} GiB a device, {left}",
         *table(("GiB a device", ""), _memory(m)),
         "",
         "Largest arrays in a device's memory",
-        *table(("GiB", "shape", "made by", "line"), [(_gib(size), shape, name or "(no name)", line) for size, shape, name, line in plan.largest]),
+        *table(("GiB", "shape", "made by", "line"), [(gib(size), shape, name or "(no name)", line) for size, shape, name, line in plan.largest]),
         "",
         *_cycles(plan),
         "",
-        *_exchanged(plan),
+        *exchanges("in a step", plan.exchanged),
         "",
         *_time(plan),
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def summary(plan: Plan) -> list[str]:
+    """The page in three lines: for the header of an experiment that is meant for one slice."""
+    t, m, b = plan.topology, plan.memory, plan.budget
+    return [
+        f"{t.name} ({t.accelerator_type}), {_mesh(plan)}: {gib(m.total)} of {gib(m.usable)} GiB a device; "
+        + ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+        f"{plan.step_s * 1e3:.1f} ms a step, {plan.lower_s * 1e3:.1f} at least: "
+        f"{plan.tokens / plan.step_s:,.0f} tokens/s, MFU {plan.mfu(plan.step_s):.1%}",
+        f"{plan.steps:,} steps in {duration(b.step_s * b.steps)}, {b.chip_hours:,.0f} chip-hours, {b.usd:,.0f} USD at {b.usd_per_chip_hour:.2f}",
+    ]
+
+
+def _mesh(plan: Plan) -> str:
+    return "mesh " + (" x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 device")
 
 
 def _memory(m: Memory) -> list[tuple[str, str]]:
@@ -48,7 +63,7 @@ def _memory(m: Memory) -> list[tuple[str, str]]:
         ("temporaries", m.temporaries),
         ("in the host's memory", m.host),
     ]
-    return [(_gib(size), name) for name, size in rows if size]
+    return [(gib(size), name) for name, size in rows if size]
 
 
 def _cycles(plan: Plan) -> list[str]:
@@ -58,10 +73,9 @@ def _cycles(plan: Plan) -> list[str]:
     total = sum(n for phase in plan.cycles.values() for n in phase.values())
     parts.sort(key=lambda part: -sum(plan.cycles[phase].get(part, 0) for phase in phases))
     rows = [
-        (part, *(_mega(plan.cycles[phase].get(part, 0)) for phase in phases), _mega(sum(plan.cycles[p].get(part, 0) for p in phases)))
-        for part in parts
+        (part, *(mega(plan.cycles[phase].get(part, 0)) for phase in phases), mega(sum(plan.cycles[p].get(part, 0) for p in phases))) for part in parts
     ]
-    rows.append(("all", *(_mega(sum(plan.cycles[phase].values())) for phase in phases), _mega(total)))
+    rows.append(("all", *(mega(sum(plan.cycles[phase].values())) for phase in phases), mega(total)))
     clock = plan.topology.chip.clock_hz
     lines = [f"Planned cycles, in millions{f'; {clock / 1e9:.2f} GHz' if clock else ''}", *table(("", *phases, "all"), rows)]
     for kernel in plan.kernels:
@@ -70,7 +84,8 @@ def _cycles(plan: Plan) -> list[str]:
     return lines
 
 
-def _exchanged(plan: Plan) -> list[str]:
+def exchanges(what: str, exchanged: Sequence[Exchanged]) -> list[str]:
+    """The exchanges of a device, the longest by name; `what` says when."""
     rows = [
         (
             one.kind,
@@ -82,17 +97,17 @@ def _exchanged(plan: Plan) -> list[str]:
             one.phase,
             one.source,
         )
-        for one in plan.exchanged[:N_EXCHANGED]
+        for one in exchanged[:N_EXCHANGED]
     ]
-    if rest := plan.exchanged[N_EXCHANGED:]:
+    if rest := exchanged[N_EXCHANGED:]:
         n, size, seconds = (sum(getattr(one, name) for one in rest) for name in ("times", "bytes", "seconds"))
         rows.append((f"{len(rest)} others", "", f"{n}", f"{size / 1e6:.1f}", f"{seconds * 1e3:.2f}", "", "", ""))
-    sums = [(kind, sum(one.bytes for one in plan.exchanged if one.kind == kind)) for kind in dict.fromkeys(one.kind for one in plan.exchanged)]
+    if not rows:
+        return [f"No exchanges between devices {what}"]
+    sums = [(kind, sum(one.bytes for one in exchanged if one.kind == kind)) for kind in dict.fromkeys(one.kind for one in exchanged)]
     every = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sums)
-    title = (
-        f"Exchanges of a device in a step: {sum(size for _, size in sums) / 1e6:.1f} MB sent ({every})" if sums else "No exchanges between devices"
-    )
-    return [title, *table(("kind", "along", "times", "MB sent", "ms", "hidden", "phase", "line"), rows)] if rows else [title]
+    title = f"Exchanges of a device {what}: {sum(size for _, size in sums) / 1e6:.1f} MB sent ({every})"
+    return [title, *table(("kind", "along", "times", "MB sent", "ms", "hidden", "phase", "line"), rows)]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -120,11 +135,13 @@ def _time(plan: Plan) -> list[str]:
     ]
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB, in four figures or so."""
     return f"{size / 2**30:.3f}" if abs(size) < 2**30 else f"{size / 2**30:.2f}"
 
 
-def _mega(cycles: int) -> str:
+def mega(cycles: float) -> str:
+    """In millions."""
     return f"{cycles / 1e6:.1f}"
 
 

@@ -171,6 +171,11 @@ def with_vocabulary(config: Config) -> Config:
     return override(config, {"model.vocab_size": size})
 
 
+def with_slices(config: Config, topology: Topology) -> Config:
+    """`config` with as many slices as the topology has, where it does not say how many."""
+    return override(config, {"mesh.slices": topology.slices}) if config.mesh.slices == 1 else config
+
+
 def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour: float | None = None) -> Plan:
     """The plan of the train step of `config` on all devices of `topology`; takes as long as compiling it, about a minute for GPT-2.
 
@@ -179,9 +184,7 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
       DoesNotFit: it needs more memory than a device has.
     """
     money = budget(topology, 0.0, config.train.steps, usd_per_chip_hour)  # a price that is none is refused before a minute of compiling
-    config = with_vocabulary(config)
-    if topology.slices != config.mesh.slices and config.mesh.slices == 1:
-        config = override(config, {"mesh.slices": topology.slices})
+    config = with_slices(with_vocabulary(config), topology)
     devices = topology.devices()
     mesh, model = sharding.make_mesh(config.mesh, devices), build(config.model)
     check_batches(mesh, config)
@@ -189,10 +192,7 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
     started = time.monotonic()
     with jax.sharding.set_mesh(mesh):
         state = abstract_state(config, model, mesh)
-        try:
-            compiled = lower_step(config, model, mesh, config.train.batch_size, documents).compile()
-        except jax.errors.JaxRuntimeError as e:
-            raise _too_large(str(e), _held(state), topology) or e from e
+        compiled = compiled_for(topology, lower_step(config, model, mesh, config.train.batch_size, documents), held(state))
     took = time.monotonic() - started
     program = hlo.Program(compiled.as_text() or "")
 
@@ -232,12 +232,24 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
     return dataclasses.replace(made, budget=money._replace(step_s=made.step_s))
 
 
+def compiled_for(topology: Topology, lowered: Any, held: int) -> Any:
+    """`lowered`, compiled. `held` is what its arguments take on a device, bytes.
+
+    Raises:
+      DoesNotFit: it needs more memory than a device has.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        raise _too_large(str(e), held, topology) or e from e
+
+
 def _memory(compiled: Any, program: hlo.Program, state: Any, topology: Topology) -> Memory:
     """The memory that the compiler planned, split by what it is for."""
     stats = compiled.memory_analysis()
-    parameters, optimizer, average = _held(state.params), _held(state.opt_state), _held(state.average)
+    parameters, optimizer, average = held(state.params), held(state.opt_state), held(state.average)
     stacked = program.stacked()
-    outside = _held({name: leaf for name, leaf in state.params.items() if name != "blocks"})
+    outside = held({name: leaf for name, leaf in state.params.items() if name != "blocks"})
     within = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     activations = min(stacked.get("forward", 0), within)
     gradients = min(stacked.get("backward", 0) + outside, within - activations)
@@ -254,7 +266,7 @@ def _memory(compiled: Any, program: hlo.Program, state: Any, topology: Topology)
     )
 
 
-def _held(tree: Any) -> int:
+def held(tree: Any) -> int:
     """Bytes of the part of sharded arrays that one device holds."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
