@@ -64,16 +64,32 @@ def meshes(config: Config, topology: Topology) -> list[dict[str, int]]:
     return found
 
 
-def choices(config: Config, topology: Topology) -> list[list[dict[str, Any]]]:
-    """What the search chooses from, one thing after the other."""
+# What the search chooses from, one after the other, given the best configuration so far.
+
+
+def splits(config: Config, topology: Topology) -> list[dict[str, Any]]:
+    """Meshes: every way to share out data and parameters; tensors are split beside the one that is the best so far."""
+    return [mesh for mesh in meshes(config, topology) if mesh["mesh.tensor"] == 1 or mesh["mesh.fsdp"] == config.mesh.fsdp]
+
+
+def recomputed(config: Config, topology: Topology) -> list[dict[str, Any]]:
+    """What is computed again, and into how many parts a batch is cut: two ways to pay for memory."""
     rows = config.train.batch_size // topology.n_devices
-    micro = [k for k in (1, 2, 4, 8) if rows % k == 0 and config.train.batch_size % k == 0]
-    return [
-        meshes(config, topology),
-        [{"model.remat": name, "train.micro_batches": k} for name in REMATS for k in micro],  # two ways to pay for memory
-        [{"model.attention": name} for name in ATTENTIONS],
-        [{"train.loss_chunks": k} for k in CHUNKS if config.model.context_len % k == 0],
-    ]
+    micro = [k for k in (1, 2, 4, 8, 16) if rows % k == 0 and config.train.batch_size % k == 0]
+    return [{"model.remat": name, "train.micro_batches": k} for name in REMATS for k in micro]
+
+
+def attentions(config: Config, topology: Topology) -> list[dict[str, Any]]:
+    """Kernels."""
+    return [{"model.attention": name} for name in ATTENTIONS]
+
+
+def chunks(config: Config, topology: Topology) -> list[dict[str, Any]]:
+    """Parts of the loss."""
+    return [{"train.loss_chunks": k} for k in CHUNKS if config.model.context_len % k == 0]
+
+
+CHOICES = (splits, recomputed, attentions, chunks)
 
 
 def search(config: Config, topology: Topology, attempt: Attempt, *, say: Callable[[str], None] = lambda line: None) -> list[Found]:
@@ -102,7 +118,8 @@ def search(config: Config, topology: Topology, attempt: Attempt, *, say: Callabl
     best, before = min(start, key=_seconds), None
     while before != best:
         before = best
-        for options in choices(config, topology):
+        for choice in CHOICES:
+            options = choice(override(config, best.changes), topology)
             best = min([best, *look(best.changes | option for option in options)], key=_seconds)
     return sorted(tried.values(), key=_seconds)
 

@@ -38,7 +38,7 @@ def test_the_search_comes_within_a_percent_of_the_best_of_all_that_there_is_in_a
     attempt, asked = attempts(made_up)
     found = search.search(CONFIG, SLICE, attempt)
     every = [{}]
-    for options in search.choices(CONFIG, SLICE):
+    for options in (search.meshes(CONFIG, SLICE), *(choice(CONFIG, SLICE) for choice in search.CHOICES[1:])):
         every = [one | option for one in every for option in options]
     least = min(s for changes in every if (s := made_up(override(CONFIG, changes))) is not None)
     assert least <= found[0].step_s < 1.01 * least and override(CONFIG, found[0].changes) != CONFIG
