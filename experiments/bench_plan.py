@@ -1,15 +1,20 @@
-"""Is the estimate of a step on the machine at hand any good: estimated against measured, ten small models.
+"""Is a plan any good: on the machine at hand estimated against measured, ten small models; on TPUs whether it moves as theory says.
 
 Run      python experiments/bench_plan.py
+         python experiments/bench_plan.py --topology v5e:2x4    (pip install -e ".[tpu]", no TPU; eight compilations of GPT-2 124M)
 Work     the step of `mlm-jax train` in float32 on a machine of one device, with random tokens: a small GPT-2, and changes of it one by one. All are
          compiled first (some seconds each), then measured in turns, so that what else the machine does hits all alike
 Columns  what is counted in the step's jaxpr (mlm_jax/plan/counted.py): FLOPs of products, bytes through memory; then seconds: the least that the
          machine's rates allow, the estimate, and the median and range of what was measured. Below the table, Spearman's rank correlation
+         With --topology: cycles, kernels and memory as `mlm-jax plan` has them, and what became of the first row's
 Result   see README.md
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,6 +47,39 @@ ROWS: dict[str, dict[str, Any]] = {
     "D 256, 16 x 128 tokens, micro_batches = 4": WIDE | {"train.batch_size": 16, "train.micro_batches": 4},
 }
 
+KNOBS_BASE: dict[str, Any] = {"train.batch_size": 32, "mesh.data": 1, "mesh.fsdp": 8, "model.vocab_size": 50_304, "model.attention": "flash"}
+KNOBS: dict[str, dict[str, Any]] = {
+    "4 x 1024 tokens on each of 8 chips, 12 layers, bfloat16, flash attention": {},
+    "8 x 1024 tokens": {"train.batch_size": 64},
+    "6 layers": {"model.n_layers": 6},
+    "float32": {"model.compute_dtype": "float32"},
+    "remat = full": {"model.remat": "full"},
+    "remat = dots": {"model.remat": "dots"},
+    "loss_chunks = 8": {"train.loss_chunks": 8},
+    "splash attention": {"model.attention": "splash"},
+}
+
+
+def knobs(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of the plans of KNOBS, one after the other."""
+    lines = ["| step | forward | again | backward | all, M cycles | of the first | kernels, GFLOP | kept, GiB | temporaries, GiB |", "|---" * 9 + "|"]
+    totals = [sum(n for parts in made["cycles"].values() for n in parts.values()) for made in plans]
+    for row, made, total in zip(KNOBS, plans, totals, strict=True):
+        phases = " | ".join(f"{sum(made['cycles'].get(phase, {}).values()) / 1e6:.1f}" for phase in ("forward", "recomputed", "backward"))
+        kernels, m = sum(kernel["flops"] for kernel in made["kernels"]) / 1e9, made["memory"]
+        memory = f"{m['activations'] / 2**30:.2f} | {m['temporaries'] / 2**30:.2f}"
+        lines.append(f"| {row} | {phases} | {total / 1e6:.1f} | {total / totals[0]:.2f} | {kernels:.0f} | {memory} |")
+    return lines
+
+
+def planned(topology: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The plan of GPT-2 124M with `changes`, in a process of its own."""
+    from experiments.gpt2_124m import CONFIG
+    from mlm_jax.plan import topology as topologies
+    from mlm_jax.plan import tpu
+
+    return tpu.plan(override(CONFIG, KNOBS_BASE | changes), gpt2.GPT2, topologies.parse(topology)).to_json()
+
 
 def count(config: Config) -> counted.Counted:
     """The work of the step of `config` on one device."""
@@ -59,7 +97,12 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--topology", metavar="SLICE", help="TPUs that are not there, in place of the machine at hand")
     args = arguments.parse_args()
+    if args.topology:
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            plans = list(pool.map(planned, [args.topology] * len(KNOBS), KNOBS.values()))
+        return print("\n".join(knobs(plans)))
     keep_freed_memory()
     configs = {row: override(BASE, changes) for row, changes in ROWS.items()}
     works = {row: count(config) for row, config in configs.items()}

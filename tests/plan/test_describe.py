@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from experiments import bench_plan
+from experiments.tpu import plans
 from mlm_jax.plan import topology, tpu
-from mlm_jax.plan.describe import describe
+from mlm_jax.plan.describe import describe, summary
 from mlm_jax.plan.price import Budget
 
 GIB = 2**30
@@ -78,3 +80,28 @@ def test_the_json_holds_the_page():
 def test_without_a_clock_the_work_is_that_of_the_flops():
     page = describe(made_up(compute_s=None, topology=topology.parse("v4:2x2x2")))
     assert "33.0  FLOPs at peak, for want of a known clock" in page
+
+
+def test_the_summary_has_the_memory_the_step_and_the_price():
+    """65,536 tokens in 120 ms; 1,000 such steps on 8 chips are 0.27 chip-hours."""
+    assert summary(made_up()) == [
+        "v5e:2x4 (v5litepod-8), mesh fsdp 8: 11.00 of 15.75 GiB a device; jax 1, libtpu 2",
+        "120.0 ms a step, 105.0 at least: 546,133 tokens/s, MFU 27.5%",
+        "1,000 steps in 2m00s, 0 chip-hours, 0 USD at 1.20",
+    ]
+
+
+def test_a_new_plan_takes_the_place_of_the_old_one_in_a_header(tmp_path, monkeypatch):
+    text = plans.FILES[0].read_text("utf-8")
+    (tmp_path / "file.py").write_text(text, "utf-8")
+    monkeypatch.setattr(plans, "plan", lambda file: made_up())
+    plans.write(tmp_path / "file.py")
+    before, after = text.split("Plan     ")[0], text[text.index("Why      ") :]
+    assert (tmp_path / "file.py").read_text("utf-8") == before + plans.header(made_up()) + after
+
+
+def test_the_table_of_knobs_compares_with_the_first_row():
+    twice = made_up(cycles={"forward": {"mlp": 100_000_000}, "recomputed": {"mlp": 50_000_000}, "backward": {"mlp": 150_000_000}})
+    _, _, first, second, *_ = bench_plan.knobs([made_up().to_json(), twice.to_json(), *[made_up().to_json()] * (len(bench_plan.KNOBS) - 2)])
+    assert first.endswith(" | 60.0 | 0.0 | 90.0 | 150.0 | 1.00 | 1 | 3.00 | 4.00 |")
+    assert second.endswith(" | 100.0 | 50.0 | 150.0 | 300.0 | 2.00 | 1 | 3.00 | 4.00 |")

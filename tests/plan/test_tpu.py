@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,17 +38,6 @@ def planned(*arguments: str) -> dict:
 def sent(plan: dict, *kinds: str) -> float:
     """MB that a device sends in a step, by these kinds of exchange or by all."""
     return sum(one["bytes"] for one in plan["exchanged"] if not kinds or one["kind"] in kinds) / 1e6
-
-
-@pytest.mark.tpu_aot
-def test_the_page_of_the_readme_is_what_its_command_prints():
-    """But for the numbers of lines in files."""
-    pytest.importorskip("libtpu")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command, page = re.findall(r"^    mlm-jax (plan .*)$", readme, re.MULTILINE)[0], re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[0]
-    done = subprocess.run([sys.executable, "-m", "mlm_jax.cli", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.sub(r"\.py:\d+", ".py", done.stdout) == re.sub(r"\.py:\d+", ".py", page)
 
 
 SMALL = ("model.n_layers=4", "model.d_model=256", "model.n_heads=4", "model.d_ff=1024", "model.context_len=256", "model.vocab_size=8192")
