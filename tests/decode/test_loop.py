@@ -1,5 +1,7 @@
 """Generation says what the full forward pass says, whatever the batch, the mesh and the length."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +22,18 @@ def run(model, params, prompts, *, eot_id=EOT, **settings) -> list[list[int]]:
     return [tokens.tolist() for tokens, _ in decoding.rows()]
 
 
+@functools.cache
+def forward_of(model):
+    return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT))
+
+
 def greedy(model, params, prompt, n: int) -> list[int]:
     """The likeliest tokens one by one, from the full forward pass without a cache."""
-    forward, text, T = jax.jit(lambda t: model.apply({"params": params}, t)), list(prompt), model.config.context_len
+    forward, text, T = forward_of(model), list(prompt), model.config.context_len
     for _ in range(n):
         padded = np.zeros((1, T), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(forward(padded)[0, len(text) - 1].argmax()))
+        text.append(int(forward(params, padded)[0, len(text) - 1].argmax()))
         if text[-1] == EOT:
             return text[len(prompt) : -1]
     return text[len(prompt) :]
