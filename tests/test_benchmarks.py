@@ -79,9 +79,15 @@ def test_a_save_and_its_bytes_are_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_on_other_devices_has_its_row_in_the_table_of_faults():
-    out = run("bench_faults.py", "--only", "mesh")
-    found = re.search(r"^\| mesh \| 4 SIGTERM \| 75 \(4\) \| mlm-jax: stopped as asked, .* \| 0 \| loss (\S+), logits (\S+) \|$", out, re.MULTILINE)
+def test_a_run_that_goes_on_on_other_devices_has_its_row_in_the_table_of_faults(monkeypatch, capsys):
+    """On fewer devices and then on more: two changes of the four that the table has."""
+    ways = [bench_faults.on_mesh(2, 4), bench_faults.on_mesh(2, 1), bench_faults.on_mesh(1, 4)]
+    monkeypatch.setitem(bench_faults.FAULTS, "mesh", lambda bench, row: bench_faults.elsewhere(bench, row, "mesh", ways))
+    monkeypatch.setattr(sys, "argv", ["bench_faults", "--only", "mesh"])
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    assert bench_faults.main() == 0
+    out = capsys.readouterr().out
+    found = re.search(r"^\| mesh \| 2 SIGTERM \| 75 \(2\) \| mlm-jax: stopped as asked, .* \| 0 \| loss (\S+), logits (\S+) \|$", out, re.MULTILINE)
     assert found and 0 < max(map(float, found.groups())) <= 1e-5
 
 
