@@ -319,8 +319,8 @@ def test_runs_with_spoilt_batches_end_within_the_noise_of_clean_ones(tiny_experi
 
     clean = np.array([end("clean", seed, set()) for seed in range(3)])
     guarded = np.array([end("guarded", seed, nan | labels, nan=nan, labels=labels) for seed in range(3)])
-    unguarded = np.array([end("unguarded", seed, nan, nan=nan, labels=labels, train__skip_sigmas=0) for seed in range(3)])
+    unguarded = end("unguarded", 0, nan, nan=nan, labels=labels, train__skip_sigmas=0)
     noise = clean.std(ddof=1)
-    print(f"clean {clean}, deviation {noise:.4f}; guarded - clean {guarded - clean}; unguarded - clean {unguarded - clean}")
+    print(f"clean {clean}, deviation {noise:.4f}; guarded - clean {guarded - clean}; unguarded - clean {unguarded - clean[0]:.4f}")
     assert abs(guarded - clean).max() < noise and abs(guarded.mean() - clean.mean()) < noise / 2
-    assert (unguarded - clean).min() > noise
+    assert unguarded - clean[0] > noise
