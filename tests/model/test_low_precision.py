@@ -1,5 +1,6 @@
 """Products in 8 bits: rounded as by hand, differentiated as their formula says, the same on any mesh, and a loss that hardly knows."""
 
+import functools
 import json
 import os
 import re
@@ -132,13 +133,20 @@ def test_the_products_of_the_blocks_are_in_8_bits_and_no_others(remat, again):
     assert products.count("f32") == 3 * 3 + 2 * (remat != "none")  # scores, mixed values and the head
 
 
+@functools.cache
+def plain_gradient(matmul):
+    """(parameters, the loss, gradients) of the small model as it is."""
+    gradient, init = gradient_of(matmul=matmul)
+    params = init()
+    return params, *jax.jit(gradient)(params)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("matmul", LOW)
 @pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll_layers": True}], ids=str)
 def test_neither_rematerialisation_nor_unrolling_changes_the_gradient(matmul, changes):
-    (plain, init), (other, _) = gradient_of(matmul=matmul), gradient_of(matmul=matmul, **changes)
-    params = init()
-    (expected_loss, expected), (loss, got) = jax.jit(plain)(params), jax.jit(other)(params)
+    params, expected_loss, expected = plain_gradient(matmul)
+    loss, got = jax.jit(gradient_of(matmul=matmul, **changes)[0])(params)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         if path[-1].key != "b_k_KH":  # its true gradient is zero
@@ -178,7 +186,12 @@ def curve(matmul, mesh_config, n_devices, steps=4):
         for _ in range(steps):
             state, measured = step(state, sharding.put_rows(lambda a, b: rows[a:b], rows.shape, np.int32, mesh))
             losses.append(float(measured["loss"]))
-    return losses, state.params
+    return losses, jax.device_get(state.params)
+
+
+@functools.cache
+def curve_of_one_device(matmul):
+    return curve(matmul, MeshConfig(), 1)
 
 
 @pytest.mark.slow
@@ -194,10 +207,10 @@ def curve(matmul, mesh_config, n_devices, steps=4):
 def test_eight_devices_train_as_one_does(matmul, sizes):
     """But for numbers between two integers that another order of summation rounds to the other one."""
     losses, params = curve(matmul, MeshConfig(**sizes), 8)
-    expected, one_params = curve(matmul, MeshConfig(), 1)
+    expected, one_params = curve_of_one_device(matmul)
     assert losses[0] > losses[-1]
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    for (path, got), one in zip(jax.tree_util.tree_leaves_with_path(jax.device_get(params)), jax.tree.leaves(one_params), strict=True):
+    for (path, got), one in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(one_params), strict=True):
         if path[-1].key != "b_k_KH":  # its true gradient is zero
             assert np.linalg.norm(got - one) < 0.05 * np.linalg.norm(one), jax.tree_util.keystr(path)
 
