@@ -74,8 +74,9 @@ def plan(config: Config, build: tpu.Build, topology: Topology) -> list[Stage]:
     """
     config, c = tpu.with_slices(tpu.with_vocabulary(config), topology), config.sample
     limit = config.model.context_len
-    if c.max_tokens >= limit:
-        raise InputError("sample.max_tokens", c.max_tokens, f"leaves no room for a prompt in model.context_len = {limit}", f"At most {limit - 1}")
+    if not 2 <= c.max_tokens < limit:
+        reason = f"leaves {'no room for a prompt in' if c.max_tokens > 1 else 'nothing to decode after the prefill, of'} model.context_len = {limit}"
+        raise InputError("sample.max_tokens", c.max_tokens, reason, f"Set it to 2 to {limit - 1}")
     if c.beams > 1:
         raise InputError("sample.beams", c.beams, "beam search is not planned", "Leave it at 1")
     B, T = c.num, limit - c.max_tokens

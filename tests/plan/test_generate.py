@@ -49,7 +49,8 @@ def test_the_page_has_the_prefill_beside_one_token_of_all_rows():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sample.max_tokens": 1024}, "sample.max_tokens = 1024: leaves no room for a prompt in model.context_len = 1024. At most 1023."),
+        ({"sample.max_tokens": 1024}, "sample.max_tokens = 1024: leaves no room for a prompt in model.context_len = 1024. Set it to 2 to 1023."),
+        ({"sample.max_tokens": 1}, "sample.max_tokens = 1: leaves nothing to decode after the prefill"),
         ({"sample.beams": 2, "sample.num": 1, "sample.temperature": 1.0}, "sample.beams = 2: beam search is not planned. Leave it at 1."),
     ],
 )
