@@ -21,6 +21,7 @@ from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.history import read_history
 from mlm_jax.metrics import MEASURED, read_metrics
 from mlm_jax.model import gpt2
+from tests.conftest import write_experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -418,55 +419,62 @@ def check_equal(a, b):
     assert steps == list(range(1, len(steps) + 1))
 
 
+KILLED = [f"--set={field}={value}" for field, value in {"train.steps": 400, "train.eval_every": 200, "model.dropout": 0.1}.items()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(an experiment, what `mlm-jax run` of it with KILLED leaves that nothing disturbs)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    experiment, _ = write_experiment(folder)
+    command = [sys.executable, "-m", "mlm_jax.cli", "run", str(experiment), *KILLED, "--set", "train.save_every=7", "--out", str(folder / "run")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return experiment, folder / "run"
+
+
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
-    settings = ["--set", "train.steps=240", "--set", "train.save_every=40", "--set", "train.eval_every=120", "--set", "model.dropout=0.1"]
-    argv = ["train", str(tiny_experiment), *settings, "--out"]
-    undisturbed, killed = start([*argv, str(tmp_path / "undisturbed")]), start([*argv, str(tmp_path / "killed")])
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(undisturbed, tmp_path, start):
+    argv = ["train", str(undisturbed[0]), *KILLED, "--set", "train.save_every=40", "--out", str(tmp_path / "killed")]
+    killed = start(argv)
     when = random.randint(1, 100)
     while killed.poll() is None and not (checkpoint.steps_in(tmp_path / "killed/checkpoints") and last_step(tmp_path / "killed") >= when):
         time.sleep(0.005)
     killed.kill()
     killed.communicate()
     assert killed.returncode == -9, "it was done before the kill"
-    resumed = finish(start([*argv, str(tmp_path / "killed")]))
-    assert "going on from step" in resumed
-    finish(undisturbed)
-    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+    assert "going on from step" in finish(start(argv))
+    check_equal(tmp_path / "killed", undisturbed[1])
 
 
 @pytest.mark.slow
-def test_a_supervised_run_that_is_killed_starts_again_and_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
-    settings = ["--set", "train.steps=1500", "--set", "train.save_every=40", "--set", "train.eval_every=0"]
-    argv = ["train", str(tiny_experiment), *settings, "--out"]
-    finish(start([*argv, str(tmp_path / "undisturbed")]))
-    supervisor = start([*argv, str(tmp_path / "killed"), "--supervise"])
+def test_a_supervised_run_that_is_killed_starts_again_and_ends_as_an_undisturbed_one(undisturbed, tmp_path, start):
+    argv = ["train", str(undisturbed[0]), *KILLED, "--set", "train.save_every=40", "--out", str(tmp_path / "killed")]
+    supervisor = start([*argv, "--supervise"])
     while supervisor.poll() is None and not checkpoint.steps_in(tmp_path / "killed/checkpoints"):
         time.sleep(0.005)
     (child,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
     said = finish(supervisor)
     assert "the run was ended by SIGKILL" in said and "it starts again in 1 s" in said and "going on from step" in said
-    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+    check_equal(tmp_path / "killed", undisturbed[1])
     first, again = [row["start"] for row in read_history(tmp_path / "killed") if "start" in row]
     assert first == 0 and again >= 40
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(tiny_experiment, tmp_path, start):
-    argv = ["run", str(tiny_experiment), "--set", "train.steps=400", "--set", "train.save_every=7", "--set", "model.dropout=0.1", "--out"]
-    finish(start([*argv, str(tmp_path / "undisturbed")]))
-    kills = 0
-    while kills < 12:
-        process = start([*argv, str(tmp_path / "killed")])
+def test_a_run_that_was_killed_many_times_ends_as_an_undisturbed_one(undisturbed, tmp_path, start):
+    argv = ["run", str(undisturbed[0]), *KILLED, "--set", "train.save_every=7", "--out", str(tmp_path / "killed")]
+    for _ in range(8):
+        process = start(argv)
         time.sleep(random.uniform(0.5, 9.0))  # while it starts, prepares, trains, evaluates or exports
         process.kill()
         process.communicate()
-        kills += 1
-    finish(start([*argv, str(tmp_path / "killed")]))
-    check_equal(tmp_path / "killed", tmp_path / "undisturbed")
+    finish(start(argv))
+    check_equal(tmp_path / "killed", undisturbed[1])
     for name in ("evaluation.json", "samples.txt", "hf/model.safetensors", "hf/tokenizer.json", "tokens/manifest.json", "config.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (undisturbed[1] / name).read_bytes()
 
 
 # In a mount namespace of its own: three runs on a disk of 3 MB, of which two meet its end, and one elsewhere; what is printed are their statuses.
