@@ -345,14 +345,18 @@ def groups(text: str) -> tuple[tuple[int, ...], ...]:
         dims = [int(n) for n in counted[3].split(",")]
         order = [int(n) for n in counted[4].split(",")] if counted[4] else list(range(len(dims)))
         return _split(dims, order, int(counted[2]))
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*,?\s*(?:device_ids=)?\([^)]*\))? ?\{([^}]*)\}", text):
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*,?\s*(?:device_ids=)?\((\S*)\))? ?\{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'([\w.\-]+)'=(\d+)", axes[1])}
         names = list(sizes)
-        along = [names.index(name) for name in re.findall(r"'([\w.\-]+)'", axes[2])]
-        if re.search(r"'[\w.\-]+':\(", axes[2]):
+        along = [names.index(name) for name in re.findall(r"'([\w.\-]+)'", axes[3])]
+        if re.search(r"'[\w.\-]+':\(", axes[3]):
             raise ValueError(f"groups along a part of an axis are not read: {axes[0]}")
         order = [i for i in range(len(names)) if i not in along] + along
-        return _split(list(sizes.values()), order, math.prod(list(sizes.values())[i] for i in along))
+        split = _split(list(sizes.values()), order, math.prod(list(sizes.values())[i] for i in along))
+        devices = _devices(axes[2] or "", math.prod(sizes.values()))
+        return tuple(tuple(devices[place] for place in group) for group in split)
+    if "replica_groups=mesh" in text:
+        raise ValueError(f"groups that are not read: {text[text.index('replica_groups') :][:200]}")
     return ()
 
 
@@ -360,3 +364,12 @@ def _split(dims: list[int], order: list[int], size: int) -> tuple[tuple[int, ...
     """0, 1, ... as an array of shape `dims`, its axes put in `order`, cut into groups of `size`."""
     numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1, size)
     return tuple(tuple(map(int, group)) for group in numbers)
+
+
+def _devices(text: str, n: int) -> tuple[int, ...]:
+    """The devices of a mesh of `n` in the order that `text` says: listed, "0,2,1,3", or as counts, "[2,4]T(1,0)"; "": 0, 1, ..."""
+    if counted := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = [int(size) for size in counted[1].split(",")]
+        order = [int(axis) for axis in counted[2].split(",")] if counted[2] else list(range(len(dims)))
+        return _split(dims, order, n)[0]
+    return tuple(int(device) for device in text.split(",")) if text else tuple(range(n))

@@ -152,6 +152,16 @@ def test_groups_written_as_a_transposed_count_are_those_of_numpy():
     assert hlo.groups("no groups") == ()
 
 
+def test_groups_of_a_mesh_whose_devices_are_reordered_are_those_of_its_axes():
+    """The devices 0 4 1 5 2 6 3 7 as a mesh of 4 x 2, as which XLA writes the rows of one of 2 x 4."""
+    reordered = "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) "
+    assert hlo.groups(reordered + "{'a'}") == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert hlo.groups(reordered + "{'c'}") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert hlo.groups("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}") == ((3, 1), (2, 0))
+    with pytest.raises(ValueError, match="not read"):
+        hlo.groups("replica_groups=mesh['a'=2], device_ids=(what?) (else) {'a'}")
+
+
 def test_the_line_is_the_innermost_of_the_model_or_the_experiment(program):
     """Frame 3 is in sharding.py, called from gpt2.py, called from JAX; 5 is in a file of a user, called from JAX."""
     gather = program.collectives()[0]
