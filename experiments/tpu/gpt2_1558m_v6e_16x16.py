@@ -2,8 +2,8 @@
 
 Run      mlm-jax run experiments/tpu/gpt2_1558m_v6e_16x16.py --set data.source=FOLDER_OF_TEXT   (on a pod: tpu_scripts/run_on_pod.sh)
 Plan     v6e:16x16 (v6e-256), mesh data 16 x fsdp 16: 5.76 of 31.25 GiB a device; jax 0.10.2, libtpu 0.0.42.1
-         137.0 ms a step, 76.3 at least: 3,826,396 tokens/s, MFU 16.8%
-         19,073 steps in 43m33s, 186 chip-hours, 502 USD at 2.70
+         140.1 ms a step, 76.3 at least: 3,741,634 tokens/s, MFU 16.4%
+         19,073 steps in 44m33s, 190 chip-hours, 513 USD at 2.70
 Why      as on v5e:16x16. Exchanges take more than a third of the time: 2 rows a chip are little for it
 """
 

@@ -37,33 +37,32 @@ def header(made: tpu.Plan) -> str:
     return "Plan     " + "\n         ".join(describe.summary(made)) + "\n"
 
 
-def write(file: Path) -> str:
-    """Plans an experiment and puts the paragraph in its place; returns that."""
-    paragraph = header(plan(file))
+def write(file: Path) -> tuple[str, str]:
+    """Plans an experiment and puts the paragraph in its place; returns the command of `mlm-jax` that plans the same, and what it prints."""
+    made = plan(file)
     text = file.read_text("utf-8")
-    file.write_text(re.sub(r"^Plan     .*\n(?:         .*\n)*", paragraph, text, count=1, flags=re.MULTILINE), "utf-8")
-    return f"{file.name}\n{paragraph}"
+    file.write_text(re.sub(r"^Plan     .*\n(?:         .*\n)*", header(made), text, count=1, flags=re.MULTILINE), "utf-8")
+    return f"plan experiments/tpu/{file.name} --topology {slice_of(file)}", describe.describe(made)
 
 
-def page(command: str) -> str:
-    """What a command of the README prints."""
+def printed(command: str) -> tuple[str, str]:
+    """A command of `mlm-jax`, and what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         status = cli.main(shlex.split(command))
     if status:
         sys.exit(f"mlm-jax {command}: status {status}")
-    return out.getvalue()
+    return command, out.getvalue()
 
 
 def main() -> None:
     files = [Path(name).resolve() for name in sys.argv[1:]]
     readme = ROOT / "README.md"
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for said in pool.map(write, files or FILES):
-            print(said, flush=True)
+        pages = dict(pool.map(write, files or FILES))
         if not files:
-            text = readme.read_text("utf-8")
-            pages = pool.map(page, [found[2] for found in PAGE.finditer(text)])
-            readme.write_text(PAGE.sub(lambda found: found[1] + next(pages) + found[4], text), "utf-8")
+            commands = [found[2] for found in PAGE.finditer(readme.read_text("utf-8"))]
+            pages |= pool.map(printed, [command for command in commands if command not in pages])
+    readme.write_text(PAGE.sub(lambda found: found[1] + pages.get(found[2], found[3]) + found[4], readme.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

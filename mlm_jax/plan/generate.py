@@ -29,7 +29,8 @@ class Stage:
     name: str  # prefill or decode
     rows: int
     positions: int  # of each row that go through the model: all of a prompt, or one for each token but the first
-    parameters: int  # bytes
+    parameters: int  # bytes, a dict for each block, which is quicker to decode with
+    loaded: int  # bytes of the blocks stacked, as they are loaded: who generates holds both
     cache: int  # bytes of keys and values, those of the prompts included
     rest: int  # bytes of all else
     usable: int  # bytes that the compiler has
@@ -37,12 +38,12 @@ class Stage:
     exchanged: list[tpu.Exchanged]
     compute_s: float | None  # None: the clock of the chip is not known
     flops_s: float  # 2 FLOPs for each parameter and token, at the peak of the devices
-    read_s: float  # what reading weights and cache takes, once for a prefill, once for each token of a decode
+    read_s: float  # what reading weights and cache takes, once for a prefill, once for each token of a decode: weights in the type of products
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.parameters + self.cache + self.rest
+        return self.parameters + self.loaded + self.cache + self.rest
 
     @property
     def communication_s(self) -> float:
@@ -82,26 +83,30 @@ def plan(config: Config, build: tpu.Build, topology: Topology) -> list[Stage]:
     B, T = c.num, limit - c.max_tokens
     mesh, model = sharding.make_mesh(config.mesh, topology.devices()), build(config.model).clone(stacked=False)
     with jax.sharding.set_mesh(mesh):
-        params = _placed(jax.eval_shape(lambda: gpt2.unstack(gpt2.init(build(config.model), jax.random.key(0)))), mesh)
+        stacked = _placed(jax.eval_shape(lambda: gpt2.init(build(config.model), jax.random.key(0))), mesh)
+        params = _placed(jax.eval_shape(gpt2.unstack, stacked), mesh)
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
         def whole(tree: Any) -> Any:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
         prompt_BT, padding_B = whole((jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)))
-        held, n_params = tpu.held(params), gpt2.n_params(params)
-        first = tpu.compiled_for(topology, loop.prefill.lower(model, params, prompt_BT, padding_B, cache_len=limit), held)
+        held, loaded, n_params = tpu.held(params), tpu.held(stacked["blocks"]), gpt2.n_params(params)
+        first = tpu.compiled_for(topology, loop.prefill.lower(model, params, prompt_BT, padding_B, cache_len=limit), held + loaded)
         logits_BV, cache = _as_made(first, jax.eval_shape(lambda *a: loop.prefill(model, *a, cache_len=limit), params, prompt_BT, padding_B))
         how: dict[str, Any] = {"sampling": c.sampling, "eot_id": config.model.vocab_size - 1}
         state = whole(jax.eval_shape(lambda: _new(c, B, T, config.model.padded_vocab_size)))
         begun = loop.begin.lower(state, logits_BV, **how)
         state = _as_made(begun.compile(), begun.out_info)
         one = whole(jax.ShapeDtypeStruct((), jnp.int32))
-        then = tpu.compiled_for(topology, loop.advance.lower(model, params, cache, state, one, padding_B, one, **how), held + tpu.held(cache))
-    sizes = {"parameters": held, "cache": tpu.held(cache), "usable": int(topology.chip.usable_bytes)}
+        then = tpu.compiled_for(
+            topology, loop.advance.lower(model, params, cache, state, one, padding_B, one, **how), held + loaded + tpu.held(cache)
+        )
+    sizes = {"parameters": held, "loaded": loaded, "cache": tpu.held(cache), "usable": int(topology.chip.usable_bytes)}
+    weights = held * jnp.dtype(config.model.compute_dtype).itemsize // 4  # the decoding loop keeps a copy of them in that type
     rounds = c.max_tokens - 1  # of the loop: the prefill gives the first token
     return [
-        _stage("prefill", hlo.Program(first.as_text()), first.memory_analysis(), mesh, topology, (B, T), n_params, sizes, sizes["parameters"]),
+        _stage("prefill", hlo.Program(first.as_text()), first.memory_analysis(), mesh, topology, (B, T), n_params, sizes, weights),
         _stage(
             "decode",
             hlo.Program(then.as_text(), uncounted=rounds),
@@ -111,7 +116,7 @@ def plan(config: Config, build: tpu.Build, topology: Topology) -> list[Stage]:
             (B, rounds),
             n_params,
             sizes,
-            rounds * (sizes["parameters"] + sizes["cache"]),
+            rounds * (weights + sizes["cache"]),
         ),
     ]
 
@@ -150,14 +155,14 @@ def _stage(
     cycles: collections.Counter[str] = collections.Counter()
     for (_, part), n in program.cycles().items():
         cycles[part] += n
-    needed = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    needed = sizes["loaded"] + stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     if needed > sizes["usable"]:
         raise tpu.DoesNotFit(needed, sizes["usable"], [f"{array} {path} {line}" for _, array, path, line in program.arrays()[: tpu.N_LARGEST]])
     return Stage(
         name=name,
         rows=shape[0],
         positions=shape[1],
-        rest=max(needed - sizes["parameters"] - sizes["cache"], 0),
+        rest=max(needed - sizes["parameters"] - sizes["loaded"] - sizes["cache"], 0),
         cycles=dict(cycles.most_common()),
         exchanged=[one._replace(phase=name) for one in tpu.exchanged(program, mesh, topology)],  # there is no way back
         compute_s=sum(cycles.values()) / chip.clock_hz if chip.clock_hz else None,
@@ -188,6 +193,7 @@ def describe(stages: Sequence[Stage], topology: Topology) -> str:
             ("GiB a device", "prefill", "decode"),
             [
                 ("parameters", *(gib(one.parameters) for one in stages)),
+                ("blocks stacked, as they were loaded", *(gib(one.loaded) for one in stages)),
                 ("keys and values", *(gib(one.cache) for one in stages)),
                 ("all else", *(gib(one.rest) for one in stages)),
                 (f"all, of {gib(first.usable)}", *(gib(one.total) for one in stages)),
