@@ -57,42 +57,50 @@ def first_not_finite(model: gpt2.Model, params: Any, tokens_BW: Int[Any, "B W"],
     It computes layer by layer and without dropout, outside of the compiled step.
     """
 
-    def bad(x: Any) -> bool:
-        return not bool(jnp.isfinite(x).all())
-
     def name(path: tuple) -> str:
         return "/".join(str(getattr(key, "key", key)) for key in path if str(getattr(key, "key", "")) != "__call__" and hasattr(key, "key"))
 
-    flat = gpt2.unstack(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(flat):
-        if bad(leaf):
-            return f"the parameter {name(path)}"
     examples, unstacked = objectives.causal(jnp.asarray(tokens_BW)), model.clone(stacked=False)
     told: dict[str, Any] = documents.call(examples.inputs_BT) if documents else {}
     c: Any = unstacked.config  # pyright: ignore[reportAttributeAccessIssue]  # a model has one
-    called: list[tuple[str, Any]] = []
+    looked_at: list[str] = []
 
-    def note(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        out = next_function(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(out, jax.Array):
-            called.append(("/".join(context.module.path) or "logits", out))
-        return out
+    @jax.jit  # one program: on a mesh of CPU devices a thousand small ones with exchanges may wait for each other for ever
+    def finite(params: Any) -> list[Array]:
+        """Whether each of what is `looked_at` is finite."""
+        found: list[Array] = []
 
-    with gpt2.intercept(note):
-        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
-    real_BTV = logits_BTV[..., : c.vocab_size]  # the padding of the vocabulary is -inf
-    for part, out in called:
-        if bad(real_BTV if part == "logits" else out):
-            return f"the output of {part}"
-    losses = objectives.cross_entropy(logits_BTV, examples.targets_BT)
-    if bad(losses):
-        return "the loss"
+        def look(what: str, x: Array) -> None:
+            looked_at.append(what)
+            found.append(jnp.isfinite(x).all())
 
-    def loss_of(flat: Any) -> Array:
-        logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
-        return objectives.cross_entropy(logits_BTV, examples.targets_BT).mean()
+        flat = gpt2.unstack(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(flat):
+            look(f"the parameter {name(path)}", leaf)
+        called: list[tuple[str, Any]] = []
 
-    gradients = [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss_of)(flat))]
-    called_at = {part: i for i, (part, _) in enumerate(called)}
-    gradients.sort(key=lambda named: -called_at.get(named[0].rpartition("/")[0], -1))  # the backward pass meets the last call first
-    return next((f"the gradient of {where}" for where, gradient in gradients if bad(gradient)), "")
+        def note(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            out = next_function(*args, **kwargs)
+            if context.method_name == "__call__" and isinstance(out, jax.Array):
+                called.append(("/".join(context.module.path) or "logits", out))
+            return out
+
+        with gpt2.intercept(note):
+            logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
+        for part, out in called:
+            look(f"the output of {part}", logits_BTV[..., : c.vocab_size] if part == "logits" else out)  # the padding of the vocabulary is -inf
+        look("the loss", objectives.cross_entropy(logits_BTV, examples.targets_BT))
+
+        def loss_of(flat: Any) -> Array:
+            logits_BTV: Any = unstacked.apply({"params": flat}, examples.inputs_BT, **told)
+            return objectives.cross_entropy(logits_BTV, examples.targets_BT).mean()
+
+        gradients = [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss_of)(flat))]
+        called_at = {part: i for i, (part, _) in enumerate(called)}
+        gradients.sort(key=lambda named: -called_at.get(named[0].rpartition("/")[0], -1))  # the backward pass meets the last call first
+        for where, gradient in gradients:
+            look(f"the gradient of {where}", gradient)
+        return found
+
+    good = jax.device_get(finite(params))
+    return next((what for what, is_finite in zip(looked_at, good, strict=True) if not is_finite), "")
