@@ -440,6 +440,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
             print(here.describe(at_hand), end="")
         return at_hand.to_json()
     slice_ = topology.parse(args.topology, args.slices)
+    if args.generate:
+        generate.check(loaded.config)  # before minutes of compiling
     attempt = search.attempts(args.experiment, changes, args.topology, args.slices, _on_disk("--cache", args.cache))
     found = []
     if args.search:
@@ -462,8 +464,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         try:
             stages = generate.plan(loaded.config, loaded.build, slice_)
         except tpu.DoesNotFit as e:
-            remedy = f"Set sample.num below {loaded.config.sample.num}, or more mesh.tensor or mesh.fsdp"
-            raise InputError("--generate", "", str(e), remedy) from e
+            raise InputError("--generate", slice_.name, str(e), "Set a smaller sample.num, or more mesh.tensor, or take a larger slice") from e
         if not args.json:
             print(f"\n{generate.describe(stages, slice_)}", end="")
         more["generate"] = [stage.to_json() for stage in stages]

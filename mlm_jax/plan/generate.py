@@ -66,20 +66,26 @@ class Stage:
         return found | {name: getattr(self, name) for name in ("total", "communication_s", "seconds", "tokens_per_s")}
 
 
-def plan(config: Config, build: tpu.Build, topology: Topology) -> list[Stage]:
-    """The plans of the prefill and of the decoding loop; a minute or two for GPT-2, whose blocks are compiled one by one.
-
-    Raises:
-      InputError: more tokens than the model can embed, beams, or a mesh that does not fit the topology; libtpu is not installed.
-      DoesNotFit: it needs more memory than a device has.
-    """
-    config, c = tpu.with_slices(tpu.with_vocabulary(config), topology), config.sample
-    limit = config.model.context_len
+def check(config: Config) -> None:
+    """Raises InputError where what `config.sample` asks for is not planned: beams, more tokens than the model can embed, or nothing to decode."""
+    c, limit = config.sample, config.model.context_len
     if not 2 <= c.max_tokens < limit:
         reason = f"leaves {'no room for a prompt in' if c.max_tokens > 1 else 'nothing to decode after the prefill, of'} model.context_len = {limit}"
         raise InputError("sample.max_tokens", c.max_tokens, reason, f"Set it to 2 to {limit - 1}")
     if c.beams > 1:
         raise InputError("sample.beams", c.beams, "beam search is not planned", "Leave it at 1")
+
+
+def plan(config: Config, build: tpu.Build, topology: Topology) -> list[Stage]:
+    """The plans of the prefill and of the decoding loop; a minute or two for GPT-2, whose blocks are compiled one by one.
+
+    Raises:
+      InputError: as `check`; a mesh that does not fit the topology; libtpu is not installed.
+      DoesNotFit: it needs more memory than a device has.
+    """
+    check(config)
+    config = tpu.with_slices(tpu.with_vocabulary(config), topology)
+    c, limit = config.sample, config.model.context_len
     B, T = c.num, limit - c.max_tokens
     mesh, model = sharding.make_mesh(config.mesh, topology.devices()), build(config.model).clone(stacked=False)
     with jax.sharding.set_mesh(mesh):
