@@ -36,7 +36,8 @@ class Chip:
 #   usable_bytes: "available HBM" in the error of libtpu 0.0.42.1 for a program that is too large.
 #   link_bytes_per_s, dcn_bytes_per_s: Austin et al. 2025 (How to Scale Your Model), "TPU Specs"; the links are a tenth slower than in the
 #     pages. A TPU7x is not in that table: its page gives it the links of a v5p and 100 Gbit/s of network.
-#   clock_hz: puts a large bfloat16 matmul, as compiled, at 90 to 97 % of peak_flops.
+#   clock_hz: peak_flops over what all matrix units do in a cycle, of a v4 as in Jouppi et al. 2023 (TPU v4); puts a large bfloat16 matmul, as
+#     compiled, at 88 to 97 % of peak_flops. The matrix units of a TPU7x are not known.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -54,7 +55,7 @@ CHIPS = {
             hbm_bytes_per_s=1200e9,
             link_bytes_per_s=45e9,
             dcn_bytes_per_s=6.25e9,
-            clock_hz=None,
+            clock_hz=1.05e9,
             usd_per_hour=3.22,
         ),
         Chip(

@@ -87,7 +87,9 @@ def _ending(error: BaseException, args: argparse.Namespace) -> tuple[int, str]:
     """The exit status after `error`, and what is said of it."""
     from mlm_jax.config import InputError
 
-    words, goes_on = " ".join(str(error).split())[:500], "; the same command goes on from the last checkpoint" if "experiment" in args else ""
+    words, goes_on = " ".join(str(error).split())[:500], ""
+    if "experiment" in args and args.verb is not plan:
+        goes_on = "; the same command goes on from the last checkpoint"
     if _several(args):
         from mlm_jax import distributed
 
@@ -453,11 +455,16 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{e}; trying what would help", file=sys.stderr, flush=True)
         for line in e.largest:
             print(f"  {line}", file=sys.stderr)
-        helps = "; or ".join(f"{' '.join(search.settings(one.changes))} ({one.cost})" for one in search.remedies(loaded.config, slice_, attempt))
+        found = search.remedies(loaded.config, slice_, attempt)
+        helps = "; or ".join(f"{' '.join(search.settings(one.changes))} ({one.cost})" for one in found)
+        if args.json:
+            sizes = {"need": e.need, "usable": e.usable, "largest": e.largest}
+            print(json.dumps({"fits": False, **sizes, "remedies": [one._asdict() for one in found]}), flush=True)
         raise InputError("--topology", slice_.name, str(e), f"Give {helps}" if helps else "Take a larger slice, or a smaller batch") from e
     if not args.json:
         if found:
-            print("\n".join(["Tried, the best first:", *map(str, found), "", "The best:", *search.settings(found[0].changes), ""]))
+            best = search.settings(found[0].changes) or ["as it is"]
+            print("\n".join(["Tried, the best first:", *map(str, found), "", "The best:", *best, ""]))
         print(describe.describe(made), end="", flush=True)
     more: dict[str, Any] = {"search": [one._asdict() for one in found]} if args.search else {}
     if args.generate:

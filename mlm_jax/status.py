@@ -5,7 +5,7 @@
     2        the input was wrong: one line names field, value, reason and remedy
     75       stopped on request (SIGTERM or SIGINT) after saving: the same command goes on
     76       another process of the run is gone, or a step took too long (the watchdog): the same command, in every process, goes on
-    128 + n  ended at once: by signal n, by a second request to stop, or (134) by JAX itself where another process is gone
+    128 + n  ended at once: by signal n, by a second request to stop, or (134) by JAX or its exchanges where another process is gone
 
 Source: 75 and 76 are EX_TEMPFAIL and EX_PROTOCOL of sysexits.h.
 """

@@ -33,8 +33,8 @@ def test_links_carry_nine_tenths_of_what_the_pages_on_the_chips_promise():
 
 
 def test_clocks_give_the_peak_with_the_matrix_units_that_a_chip_has():
-    # A unit of 128 x 128 makes that many multiplications and additions in a cycle; each TensorCore of a v5e and a v5p has four.
-    for name in ("v5e", "v5p"):
+    # A unit of 128 x 128 makes that many multiplications and additions in a cycle; each TensorCore of a v4, a v5e and a v5p has four.
+    for name in ("v4", "v5e", "v5p"):
         chip = CHIPS[name]
         assert chip.clock_hz * 4 * chip.cores * 2 * 128**2 == pytest.approx(chip.peak_flops, rel=0.01)
 

@@ -247,9 +247,11 @@ def test_where_a_process_is_killed_the_others_end_and_say_so(n, victim, tiny_exp
     for i, process in enumerate(started):
         err = said(folder, i)
         if i != victim:
-            # By gloo's error, or, where it leaves them waiting, by the silence. Where process 0 is gone, JAX ends the others if it is quicker.
-            assert process.returncode == status.LOST or (victim == 0 and process.returncode == -signal.SIGABRT), err
-            assert "another process of this run is gone" in err or "has not been heard of for " in err or victim == 0, err
+            # By gloo's error, or, where it leaves them waiting, by the silence. Where process 0 is gone, JAX ends the others if it is quicker; and so
+            # does gloo where, of two devices of a process, one turns to its next exchange while the other still waits for that which failed.
+            aborted = process.returncode == -signal.SIGABRT and (victim == 0 or "gloo::EnforceNotMet" in err)
+            assert process.returncode == status.LOST or aborted, err
+            assert "another process of this run is gone" in err or "has not been heard of for " in err or aborted, err
 
 
 @pytest.mark.slow

@@ -24,8 +24,6 @@ class Collective(NamedTuple):
     bytes: int  # on one device: what an all-gather gives, and what another takes
     groups: tuple[tuple[int, ...], ...]  # positions in mesh.devices.flat that take part together; of a permute (source, target) pairs
     source: str
-    op_name: str
-    shape: str
     phase: str
     hidden: bool = False  # it is begun ahead of its use, and goes on beside other work
 

@@ -7,25 +7,26 @@ from mlm_jax.metrics import duration
 from mlm_jax.plan.tpu import Exchanged, Memory, Plan
 
 PHASES = ("forward", "recomputed", "backward", "update")
-N_EXCHANGED = 10
+N_LARGEST, N_EXCHANGED = 8, 10  # that are named
 
 
 def describe(plan: Plan) -> str:
     """The page: what fits, what it is made of, how long a step takes, days and price."""
-    t, m = plan.topology, plan.memory
+    t, m, largest = plan.topology, plan.memory, plan.largest[:N_LARGEST]
     slices = f"{t.slices} slices of " if t.slices > 1 else ""
-    rows = plan.batch_size // t.n_devices if plan.batch_size % t.n_devices == 0 else plan.batch_size / t.n_devices
-    left = f"{gib(-m.over)} GiB free" if m.over <= 0 else f"{gib(m.over)} GiB too much"
     lines = [
         f"{plan.name}, {plan.n_params:,} parameters, on {slices}{t.name} ({t.accelerator_type}): {t.n_chips} chips, {t.n_cores} cores, {_mesh(plan)}",
-        f"{plan.batch_size} x {plan.tokens // plan.batch_size} tokens a step, {rows:g} rows a device; "
+        f"{plan.batch_size} x {plan.tokens // plan.batch_size} tokens a step, {plan.rows} rows a device; "
         + ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
         "",
-        f"{'FITS' if m.over <= 0 else 'DOES NOT FIT'}: {gib(m.total)} of {gib(m.usable)} GiB a device, {left}",
+        f"FITS: {gib(m.total)} of {gib(m.usable)} GiB a device, {gib(-m.over)} GiB free",
         *table(("GiB a device", ""), _memory(m)),
         "",
         "Largest arrays in a device's memory",
-        *table(("GiB", "shape", "made by", "line"), [(gib(size), shape, name or "(no name)", line) for size, shape, name, line in plan.largest]),
+        *table(
+            ("GiB", "shape", "made by", "line"),
+            [(gib(size), shape, name or "(no name)", line) for size, shape, name, line in largest],
+        ),
         "",
         *_cycles(plan),
         "",
@@ -44,7 +45,8 @@ def summary(plan: Plan) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
         f"{plan.step_s * 1e3:.1f} ms a step, {plan.lower_s * 1e3:.1f} at least: "
         f"{plan.tokens / plan.step_s:,.0f} tokens/s, MFU {plan.mfu(plan.step_s):.1%}",
-        f"{plan.steps:,} steps in {duration(b.step_s * b.steps)}, {b.chip_hours:,.0f} chip-hours, {b.usd:,.0f} USD at {b.usd_per_chip_hour:.2f}",
+        f"{plan.steps:,} steps in {duration(b.step_s * b.steps)}, {amount(b.chip_hours)} chip-hours, "
+        f"{amount(b.usd)} USD at {b.usd_per_chip_hour:.2f}",
     ]
 
 
@@ -57,7 +59,7 @@ def _memory(m: Memory) -> list[tuple[str, str]]:
         ("parameters", m.parameters),
         ("optimizer state", m.optimizer),
         ("averaged parameters", m.average),
-        ("batch and scalars", m.batch),
+        ("batch, scalars, and padding to whole tiles", m.batch),
         ("gradients", m.gradients),
         ("activations kept for the backward pass", m.activations),
         ("temporaries", m.temporaries),
@@ -112,14 +114,13 @@ def exchanges(what: str, exchanged: Sequence[Exchanged]) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     b, t = plan.budget, plan.topology
-    work = plan.compute_s if plan.compute_s is not None else plan.flops_s
-    how = "planned cycles" if plan.compute_s is not None else "FLOPs at peak, for want of a known clock"
+    how = "planned cycles" if plan.clocked else "FLOPs at peak, for want of a known clock"
     speeds = [
         ("at least", plan.lower_s, "every exchange hidden, kernels at their best"),
         ("estimate", plan.step_s, "exchanges hidden that the compiler starts early"),
         ("at most", plan.upper_s, "no exchange hidden"),
     ]
-    parts = [(f"{work * 1e3:.1f}", how), (f"{plan.communication_s * 1e3:.1f}", "exchanges, by bytes over links")]
+    parts = [(f"{plan.compute_s * 1e3:.1f}", how), (f"{plan.communication_s * 1e3:.1f}", "exchanges, by bytes over links")]
     if plan.kernels:
         parts.append((f"{plan.kernels_s[0] * 1e3:.1f} to {plan.kernels_s[1] * 1e3:.1f}", "kernels, by FLOPs"))
     rows = [(name, f"{s * 1e3:.1f}", f"{plan.tokens / s:,.0f}", f"{plan.mfu(s):.1%}", why) for name, s, why in speeds]
@@ -129,10 +130,16 @@ def _time(plan: Plan) -> list[str]:
         "",
         *table(("", "ms", "tokens/s", "MFU", ""), rows),
         "",
-        f"{plan.steps:,} steps, {plan.steps * plan.tokens / 1e9:.2f} billion tokens: {duration(b.step_s * b.steps)} of stepping ({b.days:.2f} days), "
-        f"{b.chip_hours:,.0f} chip-hours, {b.usd:,.0f} USD at {b.usd_per_chip_hour:.2f} a chip-hour",
+        f"{plan.steps:,} steps, {plan.all_tokens / 1e9:.2f} billion tokens: {duration(b.step_s * b.steps)} of stepping ({b.days:.2f} days), "
+        f"{amount(b.chip_hours)} chip-hours, {amount(b.usd)} USD at {b.usd_per_chip_hour:.2f} a chip-hour",
+        *(["A batch that is still to grow is taken to need time as its rows do."] if plan.all_tokens < plan.steps * plan.tokens else []),
         f"List price of a {t.chip.name} on demand, {chips.PRICES_OF}; --price sets another. Validation, checkpoints and starting are not in it.",
     ]
+
+
+def amount(n: float) -> str:
+    """Whole, or where that says little in two figures."""
+    return f"{n:,.0f}" if n >= 10 or n == 0 else f"{n:.2g}"
 
 
 def gib(size: float) -> str:

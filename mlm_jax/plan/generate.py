@@ -163,7 +163,7 @@ def _stage(
         cycles[part] += n
     needed = sizes["loaded"] + stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     if needed > sizes["usable"]:
-        raise tpu.DoesNotFit(needed, sizes["usable"], [f"{array} {path} {line}" for _, array, path, line in program.arrays()[: tpu.N_LARGEST]])
+        raise tpu.DoesNotFit(needed, sizes["usable"], [f"{array} {path} {line}" for _, array, path, line in program.arrays()])
     return Stage(
         name=name,
         rows=shape[0],

@@ -51,7 +51,9 @@ def plan(config: Config, build: Callable[[ModelConfig], gpt2.Model], platform: s
       InputError: there is no such device here, or the mesh or the batch does not fit.
     """
     if jax.devices()[0].platform != platform:
-        raise InputError("--topology", platform, f"the devices of this machine are of kind {jax.devices()[0].platform}", "Name that, or a TPU slice")
+        raise InputError(
+            "--topology", platform, f"the devices of this machine are of kind {jax.devices()[0].platform}", "Name that, or the slice of TPUs"
+        )
     config = with_vocabulary(config)
     mesh, model = sharding.make_mesh(config.mesh), build(config.model)
     check_batches(mesh, config)

@@ -21,6 +21,7 @@ ARRAY = re.compile(r"\b([a-z]+\d+(?:e\dm\d\w*)?|pred)\[([\d,]*)\](\{[^}]*\})?")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # of the others the number in their name
 KERNEL = "tpu_custom_call"
+ALLOCATED = "AllocateBuffer"  # what others write into: one of these is the array's maker
 VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "constant", "conditional", "call"}  # make no array of their own
 BETWEEN = ("sharding.py", "int8.py", "low_precision.py")  # what a line of the model calls to have a product or an exchange made
 
@@ -86,6 +87,8 @@ class Program:
         self._uncounted = uncounted
         self.computations: dict[str, Computation] = {}
         self.entry = ""
+        partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text, re.MULTILINE)
+        self.n_devices = int(partitions[1]) if partitions else 1
         self._tables: dict[str, dict[int, str]] = {name: {} for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")}
         inside, table, last = None, None, None
         for line in text.splitlines():
@@ -206,7 +209,7 @@ class Program:
         for executed in self.executed:
             for one, around, hidden in self._exchanges(executed):
                 sent = sum(array_bytes(around[name].type) for name in one.operands if name in around)
-                together = groups(one.text)
+                together = groups(one.text, self.n_devices)
                 n = len(together[0]) if together else 1
                 origins = _origins(one, around) or _origins(executed.instruction, executed.around)
                 op_name = next((origin.op_name for origin in origins), "")
@@ -217,8 +220,6 @@ class Program:
                         bytes=sent * n if one.collective == "all-gather" else sent,
                         groups=together,
                         source=" ".join(dict.fromkeys(line for origin in origins if (line := self.line(origin)))),
-                        op_name=op_name,
-                        shape=re.sub(r"\{[^}]*\}", "", one.type),
                         phase=phase(op_name) if op_name else usual_phase(executed.around),
                         hidden=hidden,
                     )
@@ -247,7 +248,7 @@ class Program:
         """(bytes, shape, path, line) of the arrays that instructions make in the device's memory, the largest first, each shape and path once."""
         found = {}
         for one, _, _ in self.executed:
-            if one.op in VIEWS or one.op.endswith("-done"):
+            if one.op in VIEWS or one.op.endswith("-done") or one.attribute("custom_call_target") == ALLOCATED:
                 continue
             for dtype, dims, layout in ARRAY.findall(one.type):
                 if "S(" not in layout:
@@ -255,7 +256,10 @@ class Program:
         return sorted(((size, shape, name, line) for (shape, name), (size, line) in found.items()), reverse=True)
 
     def stacked(self) -> dict[str, int]:
-        """Bytes that loops write layer by layer: those of the way forward are kept for the way back; those of the way back are gradients."""
+        """Bytes that loops write layer by layer: those of the way forward are kept for the way back; those of the way back are gradients.
+
+        An array has a place for each time that its loop goes round, or one more, where libtpu has taken one of them out of the loop.
+        """
         found: collections.Counter[str] = collections.Counter()
         for one, around, _ in self.executed:
             if one.op != "while":
@@ -267,7 +271,7 @@ class Program:
             for name in root.operands:
                 made = body[name]
                 arrays = ARRAY.findall(made.type)
-                stacked = len(arrays) == 1 and arrays[0][1].startswith(f"{trips},") and "S(1)" not in arrays[0][2]
+                stacked = len(arrays) == 1 and arrays[0][1].startswith((f"{trips},", f"{trips + 1},")) and "S(1)" not in arrays[0][2]
                 if stacked and (made.op != "get-tuple-element" or body[made.operands[0]].op != "parameter"):
                     found["forward" if in_phase == "forward" else "backward"] += array_bytes(made.type)
         return dict(found)
@@ -328,8 +332,11 @@ def _constant(computation: Computation, name: str) -> int | None:
     return int(value[1]) if one.op == "constant" and value else None
 
 
-def groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together, of an instruction's text; () where it does not say.
+def groups(text: str, n_devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part together, of `n_devices`, of an instruction's text; () of a permute that moves nothing.
+
+    Raises:
+      ValueError: the text says it in a way that is not known here.
 
     Source: openxla.org/xla/operation_semantics: listed, {{0,1},{2,3}}; as counts, [groups,size]<=[dims]T(order); as axes of a mesh,
     mesh['a'=2,'b'=4] {'b'}. Between slices, as libtpu writes it: {1,2}x{0:3} is each of devices 0 to 3 with its like in the other slice.
@@ -337,6 +344,8 @@ def groups(text: str) -> tuple[tuple[int, ...], ...]:
     if between := re.search(r"_xla_megascale_target=\"\{([\d,]+)\}x\{0:(\d+)\}", text):
         n_slices, n = len(between[1].split(",")), int(between[2]) + 1
         return tuple(tuple(range(i, n_slices * n, n)) for i in range(n))
+    if "replica_groups={}" in text:
+        return (tuple(range(n_devices)),)
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
         return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d, ]+)\}", pairs[1]))
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
@@ -355,8 +364,8 @@ def groups(text: str) -> tuple[tuple[int, ...], ...]:
         split = _split(list(sizes.values()), order, math.prod(list(sizes.values())[i] for i in along))
         devices = _devices(axes[2] or "", math.prod(sizes.values()))
         return tuple(tuple(devices[place] for place in group) for group in split)
-    if "replica_groups=mesh" in text:
-        raise ValueError(f"groups that are not read: {text[text.index('replica_groups') :][:200]}")
+    if unread := re.search(r"(replica_groups|_xla_megascale_target).{,200}", text):
+        raise ValueError(f"groups that are not read: {unread[0]}")
     return ()
 
 

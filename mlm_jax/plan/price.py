@@ -13,7 +13,7 @@ class Budget(NamedTuple):
     """What `steps` steps of `step_s` seconds take on `n_chips` chips."""
 
     step_s: float
-    steps: int
+    steps: float  # of whole batches
     n_chips: int
     usd_per_chip_hour: float
 
@@ -30,7 +30,7 @@ class Budget(NamedTuple):
         return self.chip_hours * self.usd_per_chip_hour
 
 
-def budget(topology: Topology, step_s: float, steps: int, usd_per_chip_hour: float | None = None) -> Budget:
+def budget(topology: Topology, step_s: float, steps: float, usd_per_chip_hour: float | None = None) -> Budget:
     """The budget on all chips of `topology`, by default at their list price (chips.PRICES_OF says of when).
 
     Raises:

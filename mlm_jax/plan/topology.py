@@ -101,8 +101,11 @@ def parse(text: str, slices: int = 1) -> Topology:
     """
     if slices < 1:
         raise InputError("--slices", slices, "there is no such number of slices", "Give 1 or more")
-    found = re.fullmatch(r"([a-z0-9]+)(?::(\d+(?:x\d+)+)|-(\d+))", text)
-    chip = next((chip for chip in CHIPS.values() if found and found[1] in (chip.name, chip.accelerator)), None)
+    found = re.fullmatch(r"([a-z0-9]+)(?::(\d+(?:x\d+)+)|-(\d+))", text.strip().lower())
+    kind = re.split("[:-]", text.strip().lower())[0]
+    chip = next((chip for chip in CHIPS.values() if kind in (chip.name, chip.accelerator)), None)
+    if chip and not found:
+        raise InputError("--topology", text, f"names no slice of a {chip.name}", f"Give one of {_listed(chip)}")
     if not found or not chip:
         reason = f"names none of the TPUs {', '.join(CHIPS)}"
         raise InputError("--topology", text, reason, "Give a mesh of chips or an accelerator type, such as v5e:16x16 or v5litepod-256")

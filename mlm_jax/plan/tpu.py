@@ -24,11 +24,12 @@ from mlm_jax.plan.topology import Topology
 from mlm_jax.train import abstract_state, check_batches, lower_step
 
 Build = Callable[[ModelConfig], gpt2.Model]
-N_LARGEST = 8  # arrays and exchanges that are named
+N_LARGEST = 64  # arrays that a plan keeps
 
-# Of its peak, what a kernel for attention does at best and as estimated: a product over a head of 64 fills half of a matrix unit of 128 x 128, a
-# quarter of one of 256 x 256 (v6e, TPU7x), and the softmax between the products takes about as long as they do.
+# The side of a chip's matrix unit, where it is not 128: a product over a head of 64 fills half of one of 128 x 128.
 UNIT = {"v6e": 256, "tpu7x": 256}
+# How much longer a kernel for attention is estimated to take than its products alone: the softmax between them takes about as long as they do.
+SOFTMAX = 2
 
 
 class Memory(NamedTuple):
@@ -37,7 +38,7 @@ class Memory(NamedTuple):
     parameters: int
     optimizer: int  # moments
     average: int  # of the parameters
-    batch: int  # and all else that goes in
+    batch: int  # and all else that goes in, with what arrays of the state take more than their numbers, as they are padded to whole tiles
     gradients: int  # those written layer by layer, and those of what is in no block
     activations: int  # kept for the backward pass, layer by layer
     temporaries: int  # all that the compiler needs beside these
@@ -87,14 +88,17 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     tokens: int  # of a step
+    rows: int  # of a step, on one device
     steps: int
+    all_tokens: int  # of all steps; with train.ramp_from less than steps x tokens
     n_params: int
     memory: Memory
     largest: list[tuple[int, str, str, str]]  # bytes, shape, path, line
     cycles: dict[str, dict[str, int]]  # phase -> part -> cycles of one step
     kernels: list[Kernel]
     exchanged: list[Exchanged]
-    compute_s: float | None  # None: the clock of the chip is not known
+    compute_s: float  # planned cycles, or, where the clock of the chip is not known, the FLOPs of all products but those of attention, at its peak
+    clocked: bool
     kernels_s: tuple[float, float]  # at best, and as estimated
     flops_s: float  # the model's FLOPs at the peak of the devices
     budget: Budget
@@ -108,20 +112,22 @@ class Plan:
 
     @property
     def lower_s(self) -> float:
-        """No step is shorter: kernels at their best, and every exchange beside other work."""
-        return max((self.compute_s or self.flops_s) + self.kernels_s[0], self.communication_s)
+        """Kernels at their best, every exchange beside other work, and those along different axes of the mesh beside each other."""
+        axes = {axis for one in self.exchanged for axis in one.axes.split(" + ")}
+        along = [sum(one.seconds for one in self.exchanged if axis in one.axes.split(" + ")) for axis in axes]
+        return max([self.compute_s + self.kernels_s[0], *along])
 
     @property
     def step_s(self) -> float:
         """The estimate: exchanges that the compiler starts ahead of their use are hidden as far as there is work, the others are not."""
-        work = (self.compute_s or self.flops_s) + self.kernels_s[1]
+        work = self.compute_s + self.kernels_s[1]
         hidden = sum(one.seconds for one in self.exchanged if one.hidden)
         return max(work, hidden) + self.communication_s - hidden
 
     @property
     def upper_s(self) -> float:
         """The same, with no exchange hidden."""
-        return (self.compute_s or self.flops_s) + self.kernels_s[1] + self.communication_s
+        return self.compute_s + self.kernels_s[1] + self.communication_s
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilisation of a step of that length."""
@@ -138,14 +144,16 @@ class Plan:
                 "cores": self.topology.n_cores,
                 "devices": self.topology.n_devices,
             },
+            "fits": True,  # what does not is not planned
             "memory": self.memory._asdict() | {"total": self.memory.total, "over": self.memory.over},
-            "fits": self.memory.over <= 0,
+            "largest": [dict(zip(("bytes", "shape", "made_by", "line"), one, strict=True)) for one in self.largest],
             "kernels": [one._asdict() for one in self.kernels],
             "exchanged": [one._asdict() for one in self.exchanged],
             "budget": self.budget._asdict() | {name: getattr(self.budget, name) for name in ("days", "chip_hours", "usd")},
         }
-        seconds = {name: getattr(self, name) for name in ("lower_s", "step_s", "upper_s", "communication_s")}
-        return found | seconds | {"mfu": self.mfu(self.step_s), "tokens_per_s": self.tokens / self.step_s}
+        seconds = {name: getattr(self, name) for name in ("lower_s", "step_s", "upper_s")}
+        speeds = {name.replace("_s", "_mfu"): self.mfu(s) for name, s in seconds.items()}
+        return found | seconds | speeds | {"communication_s": self.communication_s, "tokens_per_s": self.tokens / self.step_s}
 
 
 class DoesNotFit(Exception):
@@ -153,7 +161,7 @@ class DoesNotFit(Exception):
 
     def __init__(self, need: int, usable: int, largest: list[str]) -> None:
         super().__init__(f"needs {need / 2**30:.2f} GiB on a device that has {usable / 2**30:.2f}: {(need - usable) / 2**30:.2f} GiB too much")
-        self.need, self.usable, self.largest = need, usable, largest
+        self.need, self.usable, self.largest = need, usable, largest[:8]
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -183,7 +191,9 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
       InputError: the mesh does not fit the topology, or the batch the mesh; the price is none; libtpu is not installed.
       DoesNotFit: it needs more memory than a device has.
     """
-    money = budget(topology, 0.0, config.train.steps, usd_per_chip_hour)  # a price that is none is refused before a minute of compiling
+    all_rows = config.train.rows_before(config.train.steps)
+    # A price that is none is refused before a minute of compiling.
+    money = budget(topology, 0.0, all_rows / config.train.batch_size, usd_per_chip_hour)
     config = with_slices(with_vocabulary(config), topology)
     devices = topology.devices()
     mesh, model = sharding.make_mesh(config.mesh, devices), build(config.model)
@@ -198,32 +208,37 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
 
     memory, largest = _memory(compiled, program, state, topology), program.arrays()[:N_LARGEST]
     if memory.over > 0:  # the compiler itself looks at temporaries alone
-        raise DoesNotFit(memory.total, memory.usable, [f"{shape} ({size / 2**30:.2f} GiB) {name} {line}" for size, shape, name, line in largest])
+        named = [f"{shape} ({size / 2**30:.2f} GiB) {name} {line}" for size, shape, name, line in largest]
+        raise DoesNotFit(memory.total, memory.usable, named)
     n_params, tokens = gpt2.n_params(state.params), config.train.batch_size * config.model.context_len
     cycles: dict[str, dict[str, int]] = {}
     for (phase, part), n in sorted(program.cycles().items(), key=lambda item: -item[1]):
         cycles.setdefault(phase, {})[part] = n
     clock = topology.chip.clock_hz
-    kernels = [
-        Kernel(name, phase, source, times, _flops(name, phase, times, config, mesh)) for (name, phase, source), times in program.kernels().items()
-    ]
+    n_rows = config.train.batch_size // math.prod(mesh.shape[axis] for axis in sharding.RULES["B"])
+    product = 2 * n_rows * config.model.n_heads // mesh.shape["tensor"] * config.model.context_len**2 * config.model.head_dim / 2
+    kernels = _kernels(program, product / config.train.micro_batches)
     at_best = sum(one.flops for one in kernels) / topology.chip.peak_flops / min(1.0, config.model.head_dim / UNIT.get(topology.chip.name, 128))
     flops_s = metrics.flops_per_token(config.model, n_params) * tokens / (topology.chip.peak_flops * mesh.size)
+    dense_s = 6 * n_params * tokens / (topology.chip.peak_flops * mesh.size) if kernels else flops_s
     made = Plan(
         name=config.name,
         topology=topology,
         mesh=dict(mesh.shape),
         batch_size=config.train.batch_size,
         tokens=tokens,
+        rows=n_rows,
         steps=config.train.steps,
+        all_tokens=all_rows * config.model.context_len,
         n_params=n_params,
         memory=memory,
         largest=largest,
         cycles=cycles,
         kernels=kernels,
         exchanged=exchanged(program, mesh, topology),
-        compute_s=sum(n for parts in cycles.values() for n in parts.values()) / clock if clock else None,
-        kernels_s=(at_best, 2 * at_best),
+        compute_s=sum(n for parts in cycles.values() for n in parts.values()) / clock if clock else dense_s,
+        clocked=bool(clock),
+        kernels_s=(at_best, SOFTMAX * at_best),
         flops_s=flops_s,
         budget=money,
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -278,7 +293,7 @@ def _too_large(message: str, held: int, topology: Topology) -> DoesNotFit | None
     """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     alone = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
-    found = alone or re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    found = alone or re.search(r"Used ([\d.]+)([KMGT]?) of \S+ hbm", message)  # not of vmem or smem, whose size no setting of a run changes
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
     largest = [
@@ -286,7 +301,7 @@ def _too_large(message: str, held: int, topology: Topology) -> DoesNotFit | None
         for size, name, shape in re.findall(r"Size: (\S+)(?:\s+Operator: op_type=\S* ?op_name=\"([^\"]*)\")?.*?Shape: (\S+?)\{", message, re.DOTALL)
     ]
     need = int(float(found[1]) * units[found[2]]) + (held if alone else 0)
-    return DoesNotFit(need, int(topology.chip.usable_bytes), largest[:N_LARGEST])
+    return DoesNotFit(need, int(topology.chip.usable_bytes), largest)
 
 
 def exchanged(program: hlo.Program, mesh: jax.sharding.Mesh, topology: Topology) -> list[Exchanged]:
@@ -311,18 +326,22 @@ def _axes(groups: tuple[tuple[int, ...], ...], mesh: jax.sharding.Mesh) -> str:
     return " + ".join(name for k, name in enumerate(mesh.shape) if len({place[k] for place in places}) > 1)
 
 
-def _flops(name: str, phase: str, times: int, config: Config, mesh: jax.sharding.Mesh) -> float:
-    """FLOPs of the executions of a kernel for attention on one device: two products forward, and five backward, of half a square of T x T each.
+def _kernels(program: hlo.Program, product: float) -> list[Kernel]:
+    """The Pallas kernels of a step. `product` is what one product of attention takes in one execution on one device, half a square of T x T: FLOPs.
 
-    Of the backward pass they are those of all its kernels together, which the elder kernel has two of: each counts as half.
+    A kernel for attention has two of them forward, and backward five where it gives all gradients; where the gradient of the queries has a kernel
+    of its own, that has three, and the other, which computes scores and their gradient again, four.
 
-    Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4.
+    Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; the kernels' code, jax/experimental/pallas/ops/tpu.
     """
-    if not re.search("splash|flash|attention|mha", name):
-        return 0.0
-    m, rows = config.model, config.train.batch_size // math.prod(mesh.shape[axis] for axis in sharding.RULES["B"])
-    product = 2 * rows // config.train.micro_batches * (m.n_heads // mesh.shape["tensor"]) * m.context_len**2 * m.head_dim / 2
-    if phase != "backward":
-        return times * 2 * product
-    parts = 1 if "fused" in name or "splash" in name else 2
-    return times * 5 * product / parts
+    found = program.kernels()
+    apart = any("_dq" in name for name, _, _ in found)
+
+    def products(name: str, phase: str) -> int:
+        if not re.search("splash|flash|attention|mha", name):
+            return 0
+        if phase != "backward":
+            return 2
+        return (3 if "_dq" in name else 4) if apart else 5
+
+    return [Kernel(name, phase, source, times, times * products(name, phase) * product) for (name, phase, source), times in found.items()]

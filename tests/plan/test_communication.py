@@ -35,7 +35,7 @@ def groups_along(topology: Topology, *axes: int | str) -> tuple[tuple[int, ...],
 
 
 def collective(kind: str, n_bytes: int, groups: tuple[tuple[int, ...], ...], times: int = 1) -> Collective:
-    return Collective(kind, times, n_bytes, groups, "", "", "", "")
+    return Collective(kind, times, n_bytes, groups, "", "")
 
 
 def time_of(kind: str, n_bytes: int, topology: Topology, groups: tuple[tuple[int, ...], ...]) -> float:

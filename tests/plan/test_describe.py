@@ -21,7 +21,9 @@ def made_up(**changes) -> tpu.Plan:
         "mesh": {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1, "context": 1},
         "batch_size": 64,
         "tokens": 65_536,
+        "rows": 8,
         "steps": 1000,
+        "all_tokens": 65_536_000,
         "n_params": 124_475_904,
         "memory": tpu.Memory(GIB, 2 * GIB, 0, 0, GIB, 3 * GIB, 4 * GIB, 0, int(15.75 * GIB)),
         "largest": [(GIB, "f32[2,3]", "blocks/mlp/dot", "mlm_jax/model/gpt2.py:1")],
@@ -32,6 +34,7 @@ def made_up(**changes) -> tpu.Plan:
             tpu.Exchanged("reduce-scatter", "mlm_jax/model/gpt2.py:3", "backward", "fsdp", 12, 5_000_000, 0.010, False),
         ],
         "compute_s": 0.1,
+        "clocked": True,
         "kernels_s": (0.005, 0.010),
         "flops_s": 0.033,
         "budget": Budget(0.12, 1000, 8, 1.2),
@@ -48,6 +51,8 @@ def test_the_bounds_of_a_step_by_hand():
     assert plan.mfu(plan.step_s) == pytest.approx(0.033 / 0.12)
     slow = made_up(exchanged=[tpu.Exchanged("all-gather", "", "forward", "fsdp", 1, 1, 0.5, True)])
     assert slow.lower_s == slow.step_s == pytest.approx(0.5), "no work hides more than it takes"
+    across = [tpu.Exchanged("all-reduce", "", "backward", axes, 1, 1, s, False) for axes, s in (("fsdp", 0.5), ("data", 0.3), ("data + fsdp", 0.1))]
+    assert made_up(exchanged=across).lower_s == pytest.approx(0.6), "what goes along other links goes on beside it"
 
 
 def test_the_page_names_what_fits_what_is_large_what_is_sent_and_what_it_costs():
@@ -63,7 +68,7 @@ def test_the_page_names_what_fits_what_is_large_what_is_sent_and_what_it_costs()
         "12.0 MB sent (all-gather 7.0, reduce-scatter 5.0)",
         "estimate  120.0   546,133  27.5%",
         "1,000 steps, 0.07 billion tokens",
-        "0 USD at 1.20 a chip-hour",
+        "0.27 chip-hours, 0.32 USD at 1.20 a chip-hour",
     ):
         assert words in page, words
     assert [line.split() for line in page.splitlines() if line.split()[:1] == ["attention"]] == [["attention", "60.0", "80.0", "140.0"]]
@@ -74,12 +79,21 @@ def test_the_json_holds_the_page():
     found = json.loads(json.dumps(plan.to_json()))
     assert found["fits"] is True and found["memory"]["total"] == 11 * GIB and found["topology"]["accelerator_type"] == "v5litepod-8"
     assert found["step_s"] == pytest.approx(plan.step_s) and found["budget"]["days"] == pytest.approx(0.12 * 1000 / 86_400)
+    assert found["largest"] == [{"bytes": GIB, "shape": "f32[2,3]", "made_by": "blocks/mlp/dot", "line": "mlm_jax/model/gpt2.py:1"}]
+    assert [found[name] for name in ("lower_mfu", "step_mfu", "upper_mfu")] == [pytest.approx(0.033 / s) for s in (0.105, 0.12, 0.135)]
     assert found["exchanged"][0]["kind"] == "all-gather" and found["cycles"]["backward"]["mlp"] == 10_000_000
 
 
 def test_without_a_clock_the_work_is_that_of_the_flops():
-    page = describe(made_up(compute_s=None, topology=topology.parse("v4:2x2x2")))
-    assert "33.0  FLOPs at peak, for want of a known clock" in page
+    page = describe(made_up(clocked=False, topology=topology.parse("tpu7x:2x2x1")))
+    assert "100.0  FLOPs at peak, for want of a known clock" in page
+
+
+def test_a_batch_that_is_still_to_grow_takes_less_time_as_it_has_fewer_rows():
+    """Half of all steps with half of the batch: three quarters of 65,536,000 tokens, and of 2 minutes."""
+    page = describe(made_up(all_tokens=49_152_000, budget=Budget(0.12, 750, 8, 1.2)))
+    assert "1,000 steps, 0.05 billion tokens: 1m30s of stepping" in page and "A batch that is still to grow" in page
+    assert "still to grow" not in describe(made_up())
 
 
 def test_the_summary_has_the_memory_the_step_and_the_price():
@@ -87,7 +101,7 @@ def test_the_summary_has_the_memory_the_step_and_the_price():
     assert summary(made_up()) == [
         "v5e:2x4 (v5litepod-8), mesh fsdp 8: 11.00 of 15.75 GiB a device; jax 1, libtpu 2",
         "120.0 ms a step, 105.0 at least: 546,133 tokens/s, MFU 27.5%",
-        "1,000 steps in 2m00s, 0 chip-hours, 0 USD at 1.20",
+        "1,000 steps in 2m00s, 0.27 chip-hours, 0.32 USD at 1.20",
     ]
 
 

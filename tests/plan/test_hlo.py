@@ -5,7 +5,7 @@ import pytest
 from mlm_jax.plan import hlo
 
 TABLES = """
-HloModule jit_f, is_scheduled=true
+HloModule jit_f, is_scheduled=true, num_partitions=8
 
 FileNames
 1 "/home/u/site-packages/jax/_src/api.py"
@@ -96,6 +96,7 @@ ENTRY %main (b: f32[4], z: f32[4,8]) -> f32[4] {
   %u = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%r), channel_id=2, source_target_pairs={{0,1},{1,0}}
   %gradient = f32[4] bitcast(%b), metadata={op_name="jit(f)/transpose(jvp(GPT2))/w" stack_frame_id=2}
   %v = f32[2] fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter, backend_config={"emitter":"SingleInputAllReduceScatterFusion"}
+  %room = f32[4,1000] custom-call(), custom_call_target="AllocateBuffer"
   %token = token[] after-all()
   %w = (f32[4], u32[], token[]) send(%gradient, %token), is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",
 _xla_megascale_transfer_type="ALL_REDUCE"}
@@ -147,19 +148,27 @@ def test_what_goes_between_slices_by_way_of_hosts_is_an_exchange_of_each_device_
 
 def test_groups_written_as_a_transposed_count_are_those_of_numpy():
     """[[0, 1, 2, 3], [4, 5, 6, 7]] transposed is [[0, 4], [1, 5], ...], in rows of four 0 4 1 5 and 2 6 3 7."""
-    assert hlo.groups("replica_groups=[2,4]<=[2,4]T(1,0)") == ((0, 4, 1, 5), (2, 6, 3, 7))
-    assert hlo.groups("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}") == ((0, 1, 4, 5), (2, 3, 6, 7))
-    assert hlo.groups("no groups") == ()
+    assert hlo.groups("replica_groups=[2,4]<=[2,4]T(1,0)", 8) == ((0, 4, 1, 5), (2, 6, 3, 7))
+    assert hlo.groups("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 8) == ((0, 1, 4, 5), (2, 3, 6, 7))
+    assert hlo.groups("source_target_pairs={}", 8) == ()
+
+
+def test_without_groups_all_devices_take_part_and_groups_that_are_not_known_are_an_error():
+    """Source: openxla.org/xla/operation_semantics, all-reduce: empty replica_groups are one of all."""
+    assert hlo.groups("channel_id=1, replica_groups={}, to_apply=%add", 4) == ((0, 1, 2, 3),)
+    for text in ("replica_groups=whatever", '_xla_megascale_target="{1,2}x{0,2,4}"'):
+        with pytest.raises(ValueError, match="not read"):
+            hlo.groups(text, 8)
 
 
 def test_groups_of_a_mesh_whose_devices_are_reordered_are_those_of_its_axes():
     """The devices 0 4 1 5 2 6 3 7 as a mesh of 4 x 2, as which XLA writes the rows of one of 2 x 4."""
     reordered = "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) "
-    assert hlo.groups(reordered + "{'a'}") == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert hlo.groups(reordered + "{'c'}") == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert hlo.groups("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}") == ((3, 1), (2, 0))
+    assert hlo.groups(reordered + "{'a'}", 8) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert hlo.groups(reordered + "{'c'}", 8) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert hlo.groups("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", 4) == ((3, 1), (2, 0))
     with pytest.raises(ValueError, match="not read"):
-        hlo.groups("replica_groups=mesh['a'=2], device_ids=(what?) (else) {'a'}")
+        hlo.groups("replica_groups=mesh['a'=2], device_ids=(what?) (else) {'a'}", 8)
 
 
 def test_the_line_is_the_innermost_of_the_model_or_the_experiment(program):
@@ -173,10 +182,13 @@ def test_the_line_is_the_innermost_of_the_model_or_the_experiment(program):
 
 def test_what_a_loop_writes_row_by_row_is_told_from_what_it_carries(program):
     assert program.stacked() == {"backward": 4 * 8 * 4}
+    taken_out = LOOPS.replace("limit = s32[] constant(8)", "limit = s32[] constant(6)")  # of the four times one goes before the loop
+    assert hlo.Program(TABLES + taken_out).stacked() == {"backward": 4 * 8 * 4}
 
 
 def test_the_largest_arrays_are_those_that_instructions_make_in_the_devices_memory(program):
     assert [(size, shape) for size, shape, _, _ in program.arrays()][:2] == [(128, "f32[4,8]"), (64, "f32[16]")]
+    assert not any(shape == "f32[4,1000]" for _, shape, _, _ in program.arrays()), "what the others write into"
     assert hlo.array_bytes("(bf16[8,4]{1,0}, pred[3], s4[8], f8e4m3fn[2,2], f32[])") == 64 + 3 + 4 + 4 + 4
 
 

@@ -16,6 +16,16 @@ GIB = 2**30
 
 
 # What libtpu 0.0.42.1 says.
+LISTED = """
+  Largest program allocations in hbm:
+
+  1. Size: 1.54G
+     Operator: op_type="dot_general" op_name="jit(train_step)/jvp(GPT2)/GPT2.head/dot_general"
+     Shape: bf16[8,1024,50304]{2,1,0:T(8,128)}
+     ==========================
+  2. Size: 0.1G
+     Shape: f32[2,4]{1,0}
+"""
 ALONE = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (66.05G) exceeds available HBM (15.75G)."
 
 
@@ -25,6 +35,12 @@ def test_what_the_compiler_says_is_too_large_is_read():
     assert found is not None and found.need == int(66.05 * GIB) + 2 * GIB
     assert str(found) == "needs 68.05 GiB on a device that has 15.75: 52.30 GiB too much"
     assert tpu._too_large("INTERNAL: something else", 0, slice_) is None
+    # Source: AI-Hypercomputer/maxtext issues and pytorch/xla#9524, of the memory of the chip and of that of a core.
+    together = "RESOURCE_EXHAUSTED: Ran out of memory in memory space {0}. Used {1} of {2} {0}. Exceeded {0} capacity by 1M."
+    found = tpu._too_large(together.format("hbm", "20.39G", "15.75G") + LISTED, 2 * GIB, slice_)
+    assert found is not None and found.need == int(20.39 * GIB), "with the state"
+    assert found.largest == ["bf16[8,1024,50304] (1.54G) GPT2.head/dot_general", "f32[2,4] (0.1G)"]
+    assert tpu._too_large(together.format("vmem", "32.42M", "16.00M"), 0, slice_) is None, "nothing that more devices or chunks help against"
 
 
 def planned(*arguments: str) -> dict:
@@ -57,10 +73,10 @@ def test_a_parameter_is_gathered_and_its_gradient_summed_in_parts(small):
     layers, table = 4 * 12 * 256**2 * 2 / 1e6 * 7 / 8, 8192 * 256 * 2 / 1e6 * 7 / 8
     gathered = 2 * layers + table
     assert gathered <= sent(small, "all-gather") < 1.1 * gathered
-    assert layers + table <= sent(small, "reduce-scatter") + sent(small, "all-reduce") / 2 < 1.15 * (layers + table)
+    assert layers + table <= sent(small, "reduce-scatter") < 1.15 * (layers + table)
     assert sent(small, "collective-permute") == 0, "no product is cut into one for each device"
-    whole = [one for one in small["exchanged"] if one["kind"] == "all-reduce" and one["bytes"] / max(one["times"], 1) > 2 * 8192 * 256 * 2 * 7 / 8]
-    assert not whole, "none as large as the table"
+    whole = [one for one in small["exchanged"] if one["kind"] == "all-reduce" and one["bytes"] / one["times"] >= 256**2 * 2]
+    assert not whole, "none as large as the smallest weight"
 
 
 @pytest.mark.tpu_aot
@@ -84,3 +100,38 @@ def test_auto_is_splash_and_the_kernels_are_named(topology):
     assert {phase: kernel["times"] for phase, kernel in kernels.items()} == {"forward": 2, "backward": 2}
     # One row of 4 heads on a device: two products of 2 T^2 H, halved, for each of 2 layers; five backward.
     assert kernels["forward"]["flops"] == 2 * 2 * 4 * 256**2 * 64 and kernels["backward"]["flops"] == 2.5 * kernels["forward"]["flops"]
+
+
+@pytest.mark.tpu_aot
+def test_kernels_that_share_the_backward_pass_have_seven_products_together():
+    """Above 1024 positions the gradient of the queries has a kernel of its own, which computes scores and their gradient again."""
+    pytest.importorskip("libtpu")
+    changes = (*SMALL, "model.n_layers=2", "model.context_len=2048", "train.batch_size=8")
+    found = planned("experiments/gpt2_124m.py", "--topology", "v5e:2x4", *(word for one in changes for word in ("--set", one)))
+    kernels = {kernel["name"].split("_")[2]: kernel["flops"] for kernel in found["kernels"]}
+    product = 4 * 2048**2 * 64  # multiplications and additions of half a square, for each of 2 layers
+    assert kernels == {"fwd": 2 * 2 * product, "dq": 2 * 3 * product, "dkv": 2 * 4 * product}
+
+
+@pytest.mark.tpu_aot
+def test_a_step_that_does_not_fit_is_refused_with_remedies_each_of_which_does(tmp_path):
+    """Its logits alone are 1024 x 256 x 8192 float32 on each of 4 chips: 8 GiB, and their gradient as much."""
+    pytest.importorskip("libtpu")
+    changes = (*SMALL, "model.n_layers=2", "train.batch_size=4096", "mesh.data=-1", "mesh.fsdp=1")
+    arguments = ["plan", "experiments/gpt2_124m.py", "--topology", "v5e:2x2", "--json", "--cache", str(tmp_path)]
+    arguments += [word for one in changes for word in ("--set", one)]
+    command = [sys.executable, "-m", "mlm_jax.cli", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] is False and found["need"] > found["usable"] == int(15.75 * GIB)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("mlm-jax: --topology = v5e:2x2: needs ") and "GiB too much. Give --set " in last
+    assert len(found["remedies"]) == 3 and last.count("; or --set ") == 2
+    print(last)
+    best = found["remedies"][0]
+    arguments.remove("--json")
+    again = planned(*arguments[1:], *(word for path, value in best["changes"].items() for word in ("--set", f"{path}={value}")))
+    assert again["fits"] and again["step_s"] == pytest.approx(best["step_s"]) and again["memory"]["total"] / GIB == pytest.approx(best["gib"])
+    assert [one["step_s"] for one in found["remedies"]] == sorted(one["step_s"] for one in found["remedies"])
+    assert all(0 < one["gib"] < 15.75 for one in found["remedies"])
