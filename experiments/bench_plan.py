@@ -47,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "D 256, 16 x 128 tokens, micro_batches = 4": WIDE | {"train.batch_size": 16, "train.micro_batches": 4},
 }
 
-KNOBS_BASE: dict[str, Any] = {"train.batch_size": 32, "mesh.data": 1, "mesh.fsdp": 8, "model.vocab_size": 50_304, "model.attention": "flash"}
+KNOBS_BASE: dict[str, Any] = {"train.batch_size": 32, "mesh.data": 1, "mesh.fsdp": -1, "model.vocab_size": 50_304, "model.attention": "flash"}
 KNOBS: dict[str, dict[str, Any]] = {
     "4 x 1024 tokens on each of 8 chips, 12 layers, bfloat16, flash attention": {},
     "8 x 1024 tokens": {"train.batch_size": 64},

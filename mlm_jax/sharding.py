@@ -54,8 +54,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     auto = (AxisType.Auto,) * len(shape)
     if shape["slice"] == n_slices > 1:
         inside, outside = (1, *list(shape.values())[1:]), (n_slices, *(1,) * (len(shape) - 1))
-        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, outside, devices), tuple(shape), axis_types=auto)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    else:
+        # An axis may be a part of a side of the torus: jax.make_mesh allows that on a v5e alone.
+        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(shape), axis_types=auto)
 
 
 def nearest(sizes: dict[str, int], n: int, at_most: int = 3) -> list[str]:

@@ -136,9 +136,20 @@ def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
 
 
 MADE_UP = """
-import json, jax
+import json, math, jax
 from mlm_jax.chips import CHIPS
+from mlm_jax.config import MeshConfig
 from mlm_jax.plan.topology import Topology, parse, shapes
+from mlm_jax.sharding import make_mesh
+
+def boxes(one):
+    # For each power of two the volume of the box of chips around devices that share parameters, in a slice.
+    volumes = {}
+    for fsdp in (2**k for k in range(1, (one.n_devices // one.slices).bit_length()) if one.n_devices // one.slices % 2**k == 0):
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp, slices=one.slices), one.devices())
+        places = zip(*(d.coords for d in mesh.devices[0, 0, :, 0, 0]))
+        volumes[fsdp] = math.prod(max(axis) - min(axis) + 1 for axis in places) * one.chip.devices
+    return volumes
 
 found = {}
 for chip in CHIPS.values():
@@ -146,6 +157,7 @@ for chip in CHIPS.values():
     for one in [*small, parse(f"{chip.name}-8", slices=2)]:
         devices = one.devices()
         counts = len(devices), len({tuple(d.coords) for d in devices}), len({getattr(d, "slice_index", 0) for d in devices})
+        found["boxes " + one.name] = boxes(one)
         found[f"{one.name} {one.slices}"] = *counts, [max(axis) + 1 for axis in zip(*(d.coords for d in devices))], devices[0].device_kind
     aot = jax.sharding.SingleDeviceSharding(devices[0])
     too_large = jax.ShapeDtypeStruct((2**31, 64), "float32", sharding=aot)
@@ -157,13 +169,26 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.tpu_aot
-def test_libtpu_has_the_slices_and_leaves_as_much_memory_as_the_table_says():
+@pytest.fixture(scope="module")
+def found():
     pytest.importorskip("libtpu")
     environment = {name: value for name, value in os.environ.items() if name not in (*LIBTPU, "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", MADE_UP], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.tpu_aot
+def test_on_every_slice_parameters_can_be_split_by_each_power_of_two_over_chips_side_by_side(found):
+    every = {name.removeprefix("boxes "): volumes for name, volumes in found.items() if name.startswith("boxes ")}
+    assert {parse(name).chip.name for name in every} == set(CHIPS)
+    for name, volumes in every.items():
+        if parse(name).chip.devices == 1:  # JAX may take the second core of a TPU7x last
+            assert all(volume == int(fsdp) for fsdp, volume in volumes.items()), (name, volumes)
+
+
+@pytest.mark.tpu_aot
+def test_libtpu_has_the_slices_and_leaves_as_much_memory_as_the_table_says(found):
     for chip in CHIPS.values():
         small = [one for shape in shapes(chip) if (one := Topology(chip, shape)).n_chips <= 256]
         for one in [*small, parse(f"{chip.name}-8", slices=2)]:
