@@ -73,7 +73,7 @@ def test_a_parameter_is_gathered_and_its_gradient_summed_in_parts(small):
     layers, table = 4 * 12 * 256**2 * 2 / 1e6 * 7 / 8, 8192 * 256 * 2 / 1e6 * 7 / 8
     gathered = 2 * layers + table
     assert gathered <= sent(small, "all-gather") < 1.1 * gathered
-    assert layers + table <= sent(small, "reduce-scatter") < 1.15 * (layers + table)
+    assert 0.999 * (layers + table) < sent(small, "reduce-scatter") < 1.15 * (layers + table)
     assert sent(small, "collective-permute") == 0, "no product is cut into one for each device"
     whole = [one for one in small["exchanged"] if one["kind"] == "all-reduce" and one["bytes"] / one["times"] >= 256**2 * 2]
     assert not whole, "none as large as the smallest weight"
@@ -115,10 +115,10 @@ def test_kernels_that_share_the_backward_pass_have_seven_products_together():
 
 @pytest.mark.tpu_aot
 def test_a_step_that_does_not_fit_is_refused_with_remedies_each_of_which_does(tmp_path):
-    """Its logits alone are 1024 x 256 x 8192 float32 on each of 4 chips: 8 GiB, and their gradient as much."""
+    """Its logits alone are 16 x 256 x 524,288 float32, 8 GiB, and their gradient as much."""
     pytest.importorskip("libtpu")
-    changes = (*SMALL, "model.n_layers=2", "train.batch_size=4096", "mesh.data=-1", "mesh.fsdp=1")
-    arguments = ["plan", "experiments/gpt2_124m.py", "--topology", "v5e:2x2", "--json", "--cache", str(tmp_path)]
+    changes = (*SMALL, "model.n_layers=2", "model.vocab_size=524288", "train.batch_size=16")
+    arguments = ["plan", "experiments/gpt2_124m.py", "--topology", "v5e:1x1", "--json", "--cache", str(tmp_path)]
     arguments += [word for one in changes for word in ("--set", one)]
     command = [sys.executable, "-m", "mlm_jax.cli", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
@@ -126,7 +126,7 @@ def test_a_step_that_does_not_fit_is_refused_with_remedies_each_of_which_does(tm
     found = json.loads(done.stdout)
     assert found["fits"] is False and found["need"] > found["usable"] == int(15.75 * GIB)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("mlm-jax: --topology = v5e:2x2: needs ") and "GiB too much. Give --set " in last
+    assert last.startswith("mlm-jax: --topology = v5e:1x1: needs ") and "GiB too much. Give --set " in last
     assert len(found["remedies"]) == 3 and last.count("; or --set ") == 2
     print(last)
     best = found["remedies"][0]
