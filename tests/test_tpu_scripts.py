@@ -74,7 +74,7 @@ def test_setup_clones_then_updates_and_installs(shell, tmp_path):
         done = shell("--setup", "my-pod", "us-central2-b", str(tmp_path / "origin with space"))
         assert done.returncode == 0, done.stderr
         assert (worker / "mlm_jax/file").read_text() == content and content in done.stdout
-    assert records(tmp_path, "uv") == ["venv", "--quiet", "--python", "3.12", "pip", "install", "--quiet", "-e", ".[tpu]"] * 2
+    assert records(tmp_path, "uv") == ["venv", "--quiet", "--python", "3.12", "pip", "install", "--quiet", "-e", ".[tpu,gcs]"] * 2
 
 
 def test_log_and_stop_reach_the_run(shell, tmp_path):

@@ -53,7 +53,7 @@ case $action in
         printf -v remote 'set -e; [ -d ~/mlm_jax ] || git clone %q ~/mlm_jax; cd ~/mlm_jax; git fetch %q %q; git checkout --detach FETCH_HEAD; ' "$1" "$1" "${2-main}"
         # uv, because the images of TPU VMs carry a Python that is too old
         remote+='uv=~/.local/bin/uv; [ -x $uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; [ -d .venv ] || $uv venv --quiet --python 3.12; '
-        remote+='$uv pip install --quiet -e ".[tpu]"; git log -1 --oneline'
+        remote+='$uv pip install --quiet -e ".[tpu,gcs]"; git log -1 --oneline'
         ;;
     start)
         printf -v run '%q ' mlm-jax run "$1" --distributed "${@:2}"
