@@ -44,6 +44,7 @@ SKEW_S, SKEW_FAILS_S = 5.0, 60.0  # what clocks may differ by
 SAYS_S = 300.0  # at most, until all processes have said what they saw: three requests of a bucket that does not answer, and some
 COLLECTIVE_BYTES = 16 << 20  # that each device contributes
 TPU_DEVICES = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # on the PCI bus. Source: jax/_src/hardware_utils.py
+OTHER = ("-m", "mlm_jax.doctor")  # the process that looks at what needs JAX
 ALIKE = ("python", "jax")  # checks that have to see the same in all processes
 REPORT = "The check itself failed; please report this line"
 
@@ -109,7 +110,7 @@ def examine(wanted: Wanted, *, root: Path = Path("/"), say: Callable[[str], None
     """
     if wanted.devices is not None and wanted.devices < 1:
         raise InputError("--devices", wanted.devices, "below 1", "Give the number that all processes together should have")
-    command, pipe = [sys.executable, "-m", "mlm_jax.doctor"], subprocess.PIPE
+    command, pipe = [sys.executable, *OTHER], subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as other,

@@ -17,9 +17,10 @@ import tempfile
 import threading
 import venv
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -29,6 +30,7 @@ from mlm_jax import cli, doctor, status, storage
 from tests.test_distributed import free_port, run_processes
 
 ROOT = Path(__file__).parents[1]
+BEFORE_A_RUN = (ROOT / "README.md").read_text("utf-8").split("\n## Before a run\n")[1].split("\n## ")[0]
 WORKERS = {0: "a", 1: "b", 2: "c"}
 
 
@@ -63,20 +65,194 @@ def examined(capfd, *argv: object) -> tuple[int, list[doctor.Finding]]:
 # ---- the whole examination ----
 
 
-def test_a_healthy_machine_is_found_fit_and_another_number_of_devices_than_expected_is_not(tmp_path, capfd, monkeypatch):
+def test_a_healthy_machine_is_found_fit_in_the_words_of_the_readme(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    ended, findings = examined(capfd, "--out", tmp_path / "run", "--devices", 8)
-    wrong = only(findings, "devices")
-    assert ended == status.FAILED and wrong.state == doctor.FAILED and wrong.saw == "2 cpu (cpu); 8 were expected"
-    remedy = wrong.remedy.rpartition("say ")[2]
-    assert remedy == "--devices 2"
-    ended, findings = examined(capfd, "--out", tmp_path / "run", *remedy.split())
-    assert ended == status.DONE and [found for found in findings if found.state == doctor.FAILED] == []
-    assert only(findings, "collective").saw.startswith("2 devices have the right answers; all-reduce of 16 MiB: ")
-    assert [found.check for found in findings] == (
-        ["python", "packages", "jax", "runtime", "tpu in use", "open files", "memory", "disk", "out", "devices", "compilation cache", "collective"]
-    )
-    assert not (tmp_path / "run").exists()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPEN_FILES", "MEMORY_BYTES", "DISK_BYTES", "CHECKPOINT_BYTES", "FREE_INODES"):
+        monkeypatch.setattr(doctor, name, 0)
+    tpu_in_use = doctor.tpu_in_use
+    monkeypatch.setattr(doctor, "tpu_in_use", lambda root: tpu_in_use(tmp_path))
+    assert cli.main(["doctor"]) == status.DONE
+    said, readme = capfd.readouterr().out, BEFORE_A_RUN.split("```text\n")[1].split("```")[0]
+    plain = [re.sub(r"/\S+", "PATH", re.sub(r"(, libtpu [\d.]+)|[\d.]+", "", text)) for text in (said, readme)]
+    assert plain[0].splitlines() == plain[1].splitlines() and said.endswith(" 0 failed\n")
+    assert not (tmp_path / "runs").exists()
+
+
+# Each fault of the README's table: plants it, yields the check that is to find it and the arguments of the command, is sent the finding, carries out
+# its remedy, and yields the arguments anew.
+Fault = Callable[[Callable[[str], Any]], Generator[Any, doctor.Finding, None]]
+FAULTS: dict[str, Fault] = {}
+NEED_DEVICES: set[str] = set()  # those that the process that looks at the devices finds
+
+
+def fault(what: str, *, devices: bool = False) -> Callable[[Fault], Fault]:
+    def listed(plants: Fault) -> Fault:
+        FAULTS[what] = plants
+        NEED_DEVICES.update([what] if devices else [])
+        return plants
+
+    return listed
+
+
+@fault("jaxlib, libtpu or a CUDA plugin is not the one of this jax")
+def wrong_jaxlib(need):
+    environment = need("environment")
+    for name, version in {"jax": "0.10.2", "jaxlib": "0.9.2", "libtpu": "0.0.42.1"}.items():
+        environment.place(name, version)
+    found = yield "jax", ["--out", need("tmp_path") / "run"]
+    environment.pip(found.remedy)
+    yield ["--out", need("tmp_path") / "run"]
+
+
+@fault("A package is too old")
+def old_package(need):
+    need("environment").place("optax", "0.1.9")
+    found = yield "packages", ["--out", need("tmp_path") / "run"]
+    need("environment").pip(found.remedy)
+    yield ["--out", need("tmp_path") / "run"]
+
+
+@fault("Another process has the TPU")
+def busy_tpu(need):
+    root, tpu_in_use = need("tmp_path"), doctor.tpu_in_use
+    need("monkeypatch").setattr(doctor, "tpu_in_use", lambda _: tpu_in_use(root))
+    plant(root, "dev/accel0", "tmp/libtpu_lockfile")
+    with holding(root / "dev/accel0", root / "tmp/libtpu_lockfile") as holder:
+        found = yield "tpu in use", ["--out", root / "run"]
+        subprocess.run(shlex.split(found.remedy), check=True)
+        assert holder.wait(60) == -signal.SIGTERM
+    yield ["--out", root / "run"]
+
+
+@fault("The disk is full")
+def full_disk(need):
+    free = {"free": 1 << 30}
+    need("monkeypatch").setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free["free"], f_frsize=1, f_files=0))
+    yield "disk", ["--out", need("tmp_path") / "run"]
+    free["free"] = 99 << 30
+    yield ["--out", need("tmp_path") / "run"]
+
+
+@fault("A file is where the run is to be")
+def file_in_the_place(need):
+    plant(need("tmp_path"), "run")
+    yield "out", ["--out", need("tmp_path") / "run"]
+    yield ["--out", need("tmp_path") / "another"]
+
+
+@fault("Another process uses the run's directory")
+def busy_directory(need):
+    run = need("tmp_path") / "run"
+    code = "import pathlib, sys; from mlm_jax import lock\nwith lock.hold(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
+    with holding(run, program=["-c", code]) as holder:
+        found = yield "out", ["--out", run]
+        os.kill(int(found.saw.partition("in use by process ")[2].split()[0]), signal.SIGTERM)
+        assert holder.wait(60) == -signal.SIGTERM
+    yield ["--out", run]
+
+
+@fault("The bucket does not exist")
+def no_such_bucket(need):
+    need("bucket")
+    yield "out", ["--out", "gs://nowhere/runs"]
+    yield ["--out", "gs://bucket/runs"]
+
+
+@fault("The bucket cannot be reached")
+def bucket_out_of_reach(need):
+    right = f"http://127.0.0.1:{need('bucket').server_address[1]}"
+    need("monkeypatch").setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
+    yield "out", ["--out", "gs://bucket/runs"]
+    need("monkeypatch").setenv("STORAGE_EMULATOR_HOST", right)
+    yield ["--out", "gs://bucket/runs"]
+
+
+@fault("The library that reaches buckets is missing")
+def no_gcsfs(need):
+    need("bucket")
+    with need("monkeypatch").context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        yield "out", ["--out", "gs://bucket/runs"]
+    yield ["--out", "gs://bucket/runs"]
+
+
+@fault("JAX cannot be imported", devices=True)
+def broken_jax(need):
+    plant(need("tmp_path"), "broken/jax.py", text="raise ImportError('of another Python')")
+    need("monkeypatch").setenv("PYTHONPATH", str(need("tmp_path") / "broken"))
+    yield "jax", ["--out", need("tmp_path") / "run"]
+    need("monkeypatch").delenv("PYTHONPATH")
+    yield ["--out", need("tmp_path") / "run"]
+
+
+@fault("A flag does not exist", devices=True)
+def unknown_flag(need):
+    need("monkeypatch").setenv("XLA_FLAGS", "--xla_nonsense=1 --xla_force_host_platform_device_count=2")
+    found = yield "devices", ["--out", need("tmp_path") / "run"]
+    matched = re.fullmatch(r"Take (\S+) out of the environment variable (\w+)", found.remedy)
+    assert matched
+    need("monkeypatch").setenv(matched[2], os.environ[matched[2]].replace(matched[1], ""))
+    yield ["--out", need("tmp_path") / "run", "--devices", 2]
+
+
+@fault("JAX is told to use a device that is not there", devices=True)
+def other_platform(need):
+    need("monkeypatch").setenv("TPU_SKIP_MDS_QUERY", "1")
+    need("monkeypatch").setenv("JAX_PLATFORMS", "tpu")
+    found = yield "devices", ["--out", need("tmp_path") / "run"]
+    need("monkeypatch").delenv(found.remedy.partition(",")[0].removeprefix("unset "))
+    yield ["--out", need("tmp_path") / "run"]
+
+
+@fault("There are more or fewer devices than expected", devices=True)
+def number_of_devices(need):
+    need("monkeypatch").setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    found = yield "devices", ["--out", need("tmp_path") / "run", "--devices", 8]
+    yield ["--out", need("tmp_path") / "run", *found.remedy.rpartition("say ")[2].split()]
+
+
+@fault("A process does not come", devices=True)
+def missing_process(need):
+    argv = ["--out", need("tmp_path") / "run", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
+    yield "processes", [*argv, "--process", 0, "--join-timeout", 1]
+    code = "import sys; from mlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "doctor", *map(str, argv), "--process", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        yield [*argv, "--process", 0, "--join-timeout", 60]
+        assert other.wait(60) == 0
+
+
+AT_ONCE = ("-c", 'print(\'["stage", ["end", 30]]\')')  # in place of the process that looks at the devices: it has nothing to say
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")  # a request that was given up ends later
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("what", FAULTS)
+def test_each_fault_of_the_table_is_found_by_the_command_and_gone_after_its_own_remedy(what, whole, request, capfd):
+    if whole and what in NEED_DEVICES:
+        pytest.skip("is whole without that")
+    if not whole and what not in NEED_DEVICES:
+        request.getfixturevalue("monkeypatch").setattr(doctor, "OTHER", AT_ONCE)
+    _, *rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+) \|$", BEFORE_A_RUN, re.MULTILINE)
+    ((_, says, remedy),) = (row for row in rows if row[0] == what)
+    steps = FAULTS[what](request.getfixturevalue)
+    check, argv = next(steps)
+    ended, findings = examined(capfd, *argv)
+    (found,) = (found for found in findings if found.state == doctor.FAILED)
+    assert ended == status.FAILED and found.check == check
+    for cell, text in ((says, found.saw), (remedy, found.remedy)):
+        for words in re.findall("`([^`]+)`", cell):
+            assert words in text
+    ended, findings = examined(capfd, *steps.send(found))
+    assert ended == status.DONE and doctor.FAILED not in {found.state for found in findings}
+    assert list(steps) == []  # what was planted is taken away
+
+
+def test_the_table_of_faults_has_those_that_are_planted():
+    _, *rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+) \|$", BEFORE_A_RUN, re.MULTILINE)
+    assert [what for what, _, _ in rows] == list(FAULTS)
 
 
 def test_a_flag_that_xla_does_not_know_is_named_and_does_not_take_the_other_findings_with_it(tmp_path, capfd, monkeypatch):
@@ -87,15 +263,6 @@ def test_a_flag_that_xla_does_not_know_is_named_and_does_not_take_the_other_find
     assert "Unknown flag in XLA_FLAGS: --xla_nonsense" in lines[at]
     assert lines[at + 1].strip() == "-> Take --xla_nonsense=1 out of the environment variable XLA_FLAGS"  # without it the test above passes
     assert any(line.startswith("ok       out ") for line in lines) and lines[-1].startswith("10 findings: ") and lines[-1].endswith("1 failed")
-
-
-def test_a_platform_that_jax_cannot_use_is_named_with_where_it_was_asked_for(tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    ended, findings = examined(capfd, "--out", tmp_path / "run")
-    found = only(findings, "devices")
-    assert ended == status.FAILED and found.state == doctor.FAILED and "Unable to initialize backend 'tpu'" in found.saw
-    assert found.remedy.startswith("unset JAX_PLATFORMS, which is tpu") and findings[-1] == found
 
 
 def test_processes_that_do_not_come_are_named(tmp_path):
@@ -477,18 +644,18 @@ def holding(*paths: Path, program: Sequence[str] = ("-c", HOLDS)) -> Iterator[su
 
 
 def test_only_what_this_process_is_to_have_of_a_tpu_counts_as_in_use(tmp_path):
-    plant(tmp_path, *(f"dev/vfio/{i}" for i in (0, 1, 9, 10)), "tmp/libtpu_lockfile")
+    plant(tmp_path, *(f"dev/vfio/{i}" for i in (0, 1, 9, 10)))
+    plant_chips(tmp_path, 0)
+    with holding(tmp_path / "dev/vfio/10"):
+        assert doctor.tpu_in_use(tmp_path, {}).saw == "there is none"  # it is another device
+    plant(tmp_path, "tmp/libtpu_lockfile")
+    plant_chips(tmp_path, 4)
     with holding(tmp_path / "dev/vfio/10", tmp_path / "tmp/libtpu_lockfile") as other:
-        plant_chips(tmp_path, 0)
-        assert f"process {other.pid} " in doctor.tpu_in_use(tmp_path, {}).saw  # has the lock; without a chip the file may be another device's
-        (tmp_path / "tmp/libtpu_lockfile").unlink()
-        assert doctor.tpu_in_use(tmp_path, {}).saw == "there is none"
-        plant(tmp_path, "tmp/libtpu_lockfile")
-        plant_chips(tmp_path, 4)
-        assert doctor.tpu_in_use(tmp_path, {}).state == doctor.FAILED
+        assert doctor.tpu_in_use(tmp_path, {}).remedy == f"kill {other.pid}"
         for name in ("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"):
-            assert doctor.tpu_in_use(tmp_path, {name: "0,1"}).state == doctor.OK
-            assert doctor.tpu_in_use(tmp_path, {name: "2,3"}).remedy == f"kill {other.pid}"  # 10 comes after 9
+            assert doctor.tpu_in_use(tmp_path, {name: "0,1,2"}).state == doctor.OK
+            assert doctor.tpu_in_use(tmp_path, {name: "3"}).remedy == f"kill {other.pid}"  # 10 comes after 9
+            assert doctor.tpu_in_use(tmp_path, {name: "0,1,2,3"}).remedy == f"kill {other.pid}"
 
 
 def test_where_a_notebook_has_the_tpu_its_runtime_is_to_be_restarted(tmp_path):
@@ -938,7 +1105,7 @@ os.environ["PYTHONPATH"] = f"{{place}}:{root}"
 
 
 @pytest.mark.slow
-def test_two_processes_write_into_a_bucket_and_without_the_library_for_it_all_else_is_looked_at(tmp_path, bucket):
+def test_two_processes_write_into_a_bucket_and_without_the_library_for_it_all_else_is_looked_at(tmp_path, bucket, monkeypatch):
     argv, install = ["doctor", "--json", "--out", "gs://bucket/runs"], 'pip install -e ".[gcs]"'
     without = {i: WITHOUT_GCSFS.format(root=str(ROOT), folder=str(tmp_path / f"without_{i}")) for i in (0, 1)}
     finished = run_processes(tmp_path / "a", argv, 2, 1, code=without)
@@ -948,7 +1115,9 @@ def test_two_processes_write_into_a_bucket_and_without_the_library_for_it_all_el
         assert only(findings, "out")[1:4:2] == (doctor.FAILED, install)
         assert {found.check for found in findings if found.state == doctor.FAILED} == {"out"}
     assert only(every, "devices").state == doctor.OK and any(found.process for found in every if found.check == "collective")
-    finished = run_processes(tmp_path / "b", argv, 2, 1)
+    (command,) = re.findall(r"^    mlm-jax (doctor .*) --distributed$", BEFORE_A_RUN, re.MULTILINE)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    finished = run_processes(tmp_path / "b", [*command.replace("BUCKET", "bucket").split(), "--json"], 2, 1)
     assert [process.status for process in finished] == [0, 0], [process.stdout for process in finished]
     assert [found.saw for found in findings_of(finished[0]) if found.check == "out"] == ["gs://bucket/runs was written, read and removed"] * 2
     assert bucket.names() == set()
