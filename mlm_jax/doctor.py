@@ -397,17 +397,21 @@ def open_files() -> Finding:
 
 
 def memory(root: Path = Path("/")) -> Finding:
-    """There is memory left, also within the limit of a container. Source: proc(5); cgroup v2 in the kernel's documentation."""
+    """There is memory left, also within the limits of a container or of a job. Source: proc(5); cgroup v2 in the kernel's documentation."""
 
     def fields(path: Path) -> dict[str, int]:
         return {name.rstrip(":"): int(n) for name, n in re.findall(r"^(\S+)\s+(\d+)", path.read_text(), re.MULTILINE)}
 
     if not (root / "proc" / "meminfo").exists():
         return Finding("memory", OK, "not told by this system")
-    available, group = fields(root / "proc" / "meminfo")["MemAvailable"] << 10, root / "sys" / "fs" / "cgroup"
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
-        used = int((group / "memory.current").read_text()) - fields(group / "memory.stat").get("inactive_file", 0)
-        available = min(available, int(most) - used)
+    available, top = fields(root / "proc" / "meminfo")["MemAvailable"] << 10, root / "sys" / "fs" / "cgroup"
+    listed = root / "proc" / "self" / "cgroup"
+    own = re.search(r"^0::/(.*)", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    group = top / own[1] if own else top
+    for limited in (folder for folder in (group, *group.parents) if folder.is_relative_to(top) and (folder / "memory.max").exists()):
+        if (most := (limited / "memory.max").read_text().strip()) != "max":
+            used = int((limited / "memory.current").read_text()) - fields(limited / "memory.stat").get("inactive_file", 0)
+            available = min(available, int(most) - used)
     saw = f"{available / 2**30:.1f} GiB available"
     if available < MEMORY_BYTES:
         return Finding("memory", WARNING, f"{saw}, less than {MEMORY_BYTES >> 30}", "End other programs, or take a machine or container with more")
@@ -562,6 +566,8 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
             return
         hosts = dict(sorted(distributed.gathered("doctor_hosts", host, SAYS_S).items()))
         yield Finding("processes", OK, f"{len(hosts)} came, on {', '.join(dict.fromkeys(hosts.values()))}")
+        if silent := [str(i) for i in range(distributed.count()) if i not in hosts]:
+            yield Finding("processes", FAILED, f"came, but said nothing within {SAYS_S:g} s: {', '.join(silent)}", "Look at what they have printed")
     else:
         hosts = {0: host}
         yield Stage("processes", 120.0)

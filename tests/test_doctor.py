@@ -26,7 +26,7 @@ import jax
 import pytest
 from packaging.specifiers import SpecifierSet  # pytest needs it
 
-from mlm_jax import cli, doctor, status, storage
+from mlm_jax import cli, distributed, doctor, status, storage
 from tests.test_distributed import free_port, run_processes
 
 ROOT = Path(__file__).parents[1]
@@ -714,7 +714,7 @@ def test_a_low_limit_of_open_files_is_raised_by_the_remedy():
 def test_little_memory_is_found_also_in_a_container(tmp_path):
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
-    (tmp_path / "proc").mkdir()
+    plant(tmp_path, "proc/self/cgroup", text="0::/\n")
 
     def machine(available: int, most: str, used: int, files: int) -> doctor.Finding:
         (tmp_path / "proc" / "meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable: {available >> 10} kB\nHugePages_Total:       0\n")
@@ -728,6 +728,13 @@ def test_little_memory_is_found_also_in_a_container(tmp_path):
     assert machine(64 * gib, str(8 * gib), 7 * gib, gib)[1:3] == (doctor.WARNING, "2.0 GiB available, less than 4")
     assert machine(64 * gib, str(8 * gib), 7 * gib, 4 * gib)[1:3] == (doctor.OK, "5.0 GiB available")
     assert machine(64 * gib, "max", 9 * gib, 0)[1:3] == (doctor.OK, "64.0 GiB available")
+    job = group / "slurm" / "job"
+    plant(tmp_path, "proc/self/cgroup", text="0::/slurm/job\n")
+    job.mkdir(parents=True)
+    for name, text in {"memory.max": f"{3 * gib}\n", "memory.current": f"{gib}\n", "memory.stat": "inactive_file 0\n"}.items():
+        (job.parent / name).write_text(text)
+        (job / name).write_text("max\n")
+    assert doctor.memory(tmp_path)[1:3] == (doctor.WARNING, "2.0 GiB available, less than 4")
     shutil.rmtree(group)
     assert doctor.memory(tmp_path).state == doctor.OK and doctor.memory(tmp_path / "nowhere").state == doctor.OK
 
@@ -1047,6 +1054,15 @@ place.mkdir()
 os.environ["PYTHONPATH"] = f"{{place}}:{root}"
 os.chdir(place)
 """
+
+
+def test_a_process_that_came_and_says_nothing_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "_join", lambda wanted: [])
+    monkeypatch.setattr(distributed, "gathered", lambda name, value, timeout: {0: value, 2: value})
+    for n, silent in ((4, [(doctor.FAILED, "came, but said nothing within 300 s: 1, 3")]), (1, [])):
+        monkeypatch.setattr(distributed, "count", lambda n=n: n)
+        said = list(itertools.islice(doctor._look(doctor.Wanted(processes=4), list), 3))
+        assert [found[1:3] for found in said if isinstance(found, doctor.Finding) and found.state == doctor.FAILED] == silent
 
 
 def findings_of(process) -> list[doctor.Finding]:
