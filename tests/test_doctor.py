@@ -228,12 +228,13 @@ AT_ONCE = ("-c", 'print(\'["stage", ["end", 30]]\')')  # in place of the process
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")  # a request that was given up ends later
-@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize(
+    ("what", "whole"),
+    [pytest.param(what, True, marks=[pytest.mark.slow] if what not in NEED_DEVICES or what == "A process does not come" else []) for what in FAULTS]
+    + [(what, False) for what in FAULTS if what not in NEED_DEVICES],
+)
 def test_each_fault_of_the_table_is_found_by_the_command_and_gone_after_its_own_remedy(what, whole, request, capfd):
-    if whole and what in NEED_DEVICES:
-        pytest.skip("is whole without that")
-    if not whole and what not in NEED_DEVICES:
+    if not whole:
         request.getfixturevalue("monkeypatch").setattr(doctor, "OTHER", AT_ONCE)
     _, *rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+) \|$", BEFORE_A_RUN, re.MULTILINE)
     ((_, says, remedy),) = (row for row in rows if row[0] == what)
@@ -453,24 +454,13 @@ def environment(tmp_path, monkeypatch):
     return SimpleNamespace(place=place, pip=pip)
 
 
-def test_wrong_versions_of_jaxlib_libtpu_and_another_package_are_found_and_set_right_by_their_remedies(environment):
-    for name, version in {"jax": "0.10.2", "jaxlib": "0.9.2", "libtpu": "0.0.42.1", "optax": "0.1.9"}.items():
+def test_a_libtpu_that_is_not_the_one_of_this_jax_is_found_and_set_right_by_the_remedy(environment):
+    for name, version in {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.40"}.items():
         environment.place(name, version)
-    remedy = f"{sys.executable} -m pip install 'jax[tpu]==0.10.2'"
-    right = doctor.Finding("jax", doctor.OK, "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1")
-    saw = "jax 0.10.2, jaxlib 0.9.2, libtpu 0.0.42.1; jax wants jaxlib<=0.10.2,>=0.10.2"
+    saw, remedy = "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.40; jax wants libtpu==0.0.42.*", f"{sys.executable} -m pip install 'jax[tpu]==0.10.2'"
     assert doctor.jax_family() == doctor.Finding("jax", doctor.FAILED, saw, remedy)
     environment.pip(remedy)
-    assert doctor.jax_family() == right
-    environment.place("libtpu", "0.0.40")
-    saw = "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.40; jax wants libtpu==0.0.42.*"
-    assert doctor.jax_family() == doctor.Finding("jax", doctor.FAILED, saw, remedy)
-    environment.pip(remedy)
-    assert doctor.jax_family() == right
-    (found,) = doctor.packages()
-    assert found[:3] == ("packages", doctor.FAILED, "optax 0.1.9, not >=0.2.8")
-    environment.pip(found.remedy)
-    assert [found.state for found in doctor.packages()] == [doctor.OK]
+    assert doctor.jax_family() == doctor.Finding("jax", doctor.OK, "jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1")
 
 
 def test_without_a_plugin_the_oldest_jaxlib_that_jax_takes_is_right(environment, monkeypatch):
@@ -862,15 +852,6 @@ def test_a_bucket_that_is_not_there_closed_silent_or_at_another_time_is_found(bu
     assert [one.state for one in found("gs://bucket/run")] == [doctor.OK] * 2
 
 
-def test_a_bucket_at_a_port_where_nobody_listens_is_found(bucket, monkeypatch):
-    assert only(list(doctor.out(doctor.Wanted("gs://bucket/run"))), "out").state == doctor.OK
-    with contextlib.closing(bucket.socket.dup()):
-        bucket.shutdown()
-        bucket.socket.close()
-    found = only(list(doctor.out(doctor.Wanted("gs://bucket/run"))), "out")
-    assert found.state == doctor.FAILED and "gs://bucket/run cannot be reached: " in found.saw
-
-
 # ---- devices ----
 
 
@@ -1023,6 +1004,7 @@ def test_a_compilation_cache_that_cannot_be_written_is_found_and_set_right_by_th
     assert finding(python(code, shell=shell, JAX_ENABLE_COMPILATION_CACHE="false")).state == doctor.OK
 
 
+@pytest.mark.slow
 def test_a_compilation_cache_that_cannot_be_written_any_more_is_found():
     with tempfile.TemporaryDirectory() as folder:  # those of pytest are open to this user alone
         Path(folder).chmod(0o777)
