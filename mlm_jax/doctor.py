@@ -96,7 +96,6 @@ REMEDIES = {
     "collective": "Restart the machine, or make the TPU VM anew; between machines see to the firewall",
 }
 
-
 APART = Finding("devices", WARNING, "not looked at, as the processes are not together", "First see to the processes")
 
 
@@ -355,7 +354,7 @@ def tpu_in_use(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) 
     users = _users([*nodes, *([lockfile] if held else [])])
     if users:
         saw = ", ".join(f"process {pid} ({_command(pid)[:80]})" for pid in users)
-        return Finding("tpu in use", FAILED, f"by {saw}", _ended(users))
+        return Finding("tpu in use", FAILED, f"by {saw}", _end(users))
     if held:
         remedy = f"Find it by sudo lsof -w {' '.join(map(str, [*nodes, lockfile]))}, and end it"
         return Finding("tpu in use", FAILED, f"by a process that this user may not see: {lockfile} is locked", remedy)
@@ -379,7 +378,7 @@ def _command(pid: int) -> str:
     return ""
 
 
-def _ended(pids: Sequence[int]) -> str:
+def _end(pids: Sequence[int]) -> str:
     """How to end these processes."""
     if any("kernel_launcher" in _command(pid) for pid in pids):
         return "Restart the runtime of the notebook that has it, or the kernel"
@@ -535,7 +534,7 @@ def ended_in(stage: str, ended: int, errors: str) -> Finding:
 def advice(stage: str, error: str) -> str:
     """What to do about an error of XLA or libtpu in that stage."""
     if user := re.search(r"in use by process with pid (\d+)", error):
-        return _ended([int(user[1])])
+        return _end([int(user[1])])
     if re.search("owned by another user|multi-process lockfile", error):
         every = "/dev/accel* /dev/vfio/* /tmp/libtpu_lockfile"
         return f"End the process that sudo lsof -w {every} names; where it names none, sudo rm /tmp/libtpu_lockfile"
@@ -570,7 +569,6 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
             yield Finding("processes", FAILED, f"came, but said nothing within {SAYS_S:g} s: {', '.join(silent)}", "Look at what they have printed")
     else:
         hosts = {0: host}
-        yield Stage("processes", 120.0)
         if (workers := pod().workers) > 1:
             saw = f"this is one of {workers} workers of a pod, and looked at alone"
             yield Finding("processes", FAILED, saw, "Give the command on every worker at about the same time, with --distributed")
