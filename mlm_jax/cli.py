@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _several(args: argparse.Namespace) -> bool:
-    """This is one of several processes."""
+    """This process joins others. What looks at a machine leaves that to a process of its own, as JAX itself may be broken."""
+    if args.verb is doctor:
+        return False
     return getattr(args, "distributed", False) or any(getattr(args, name, None) is not None for name in ("coordinator", "processes", "process"))
 
 
@@ -62,7 +64,7 @@ def _execute(args: argparse.Namespace, argv: list[str]) -> int:
         leads, stdout = True, sys.stdout
         if getattr(args, "distributed", False) and (args.coordinator, args.processes, args.process) != (None, None, None):
             raise InputError("--distributed", "", "detects what --coordinator, --processes and --process say", "Leave it out, or them")
-        if _several(args) and args.verb is not doctor:
+        if _several(args):
             from mlm_jax import distributed
 
             timeout = distributed.TIMEOUT_S if args.join_timeout is None else args.join_timeout

@@ -388,6 +388,11 @@ def number() -> int:
     return _state().process_id or 0
 
 
+def count() -> int:
+    """How many processes the run has; no device is asked."""
+    return _state().num_processes or 1
+
+
 def gathered(name: str, value: str, timeout: float) -> dict[int, str]:
     """What each process says under `name`, a new one each time, once all have, or without those that have not within `timeout` seconds.
 
@@ -397,7 +402,7 @@ def gathered(name: str, value: str, timeout: float) -> dict[int, str]:
         return {0: value}
     client, deadline, said = _store(), time.monotonic() + timeout, {}
     client.key_value_set(f"mlm_jax/{name}/{number()}", value)
-    for i in range(_state().num_processes):
+    for i in range(count()):
         left_ms = max(int(1000 * (deadline - time.monotonic())), 1)
         try:
             said[i] = client.blocking_key_value_get(f"mlm_jax/{name}/{i}", left_ms)

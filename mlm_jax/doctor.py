@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import queue
 import re
 import resource
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -41,6 +43,9 @@ FREE_INODES = 10_000
 SKEW_S, SKEW_FAILS_S = 5.0, 60.0  # what clocks may differ by
 SAYS_S = 300.0  # at most, until all processes have said what they saw: three requests of a bucket that does not answer, and some
 COLLECTIVE_BYTES = 16 << 20  # that each device contributes
+TPU_DEVICES = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # on the PCI bus. Source: jax/_src/hardware_utils.py
+OTHER = ("-m", "mlm_jax.doctor")  # the process that looks at what needs JAX
+ALIKE = ("python", "jax")  # checks that have to see the same in all processes
 REPORT = "The check itself failed; please report this line"
 
 
@@ -69,6 +74,10 @@ class Wanted(NamedTuple):
     def several(self) -> bool:
         return self.distributed or (self.coordinator, self.processes, self.process) != (None, None, None)
 
+    @property
+    def in_bucket(self) -> bool:
+        return self.out.startswith("gs:/")
+
 
 class Stage(NamedTuple):
     """What the other process does now, and how long that may take before it counts as hung."""
@@ -87,6 +96,8 @@ REMEDIES = {
     "collective": "Restart the machine, or make the TPU VM anew; between machines see to the firewall",
 }
 
+APART = Finding("devices", WARNING, "not looked at, as the processes are not together", "First see to the processes")
+
 
 def examine(wanted: Wanted, *, root: Path = Path("/"), say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> list[Finding]:
     """Every finding; of several processes, process 0 has those of the others too.
@@ -98,7 +109,7 @@ def examine(wanted: Wanted, *, root: Path = Path("/"), say: Callable[[str], None
     """
     if wanted.devices is not None and wanted.devices < 1:
         raise InputError("--devices", wanted.devices, "below 1", "Give the number that all processes together should have")
-    command, pipe = [sys.executable, "-m", "mlm_jax.doctor"], subprocess.PIPE
+    command, pipe = [sys.executable, *OTHER], subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as other,
@@ -118,7 +129,8 @@ def words(findings: Sequence[Finding]) -> str:
     for check in dict.fromkeys(finding.check for finding in findings):
         made = [finding for finding in findings if finding.check == check]
         good = [finding for finding in made if finding.state == OK]
-        also = f" (ok in {len(good) - 1} more processes)" if len(good) > 1 and good[0].process != good[-1].process else ""
+        several = len(good) > 1 and good[0].process != good[-1].process and (check not in ALIKE or len({finding.saw for finding in good}) == 1)
+        also = f" (ok in {len(good) - 1} more processes)" if several else ""
         for finding in [*(good[:1] if also else good), *(finding for finding in made if finding.state != OK)]:
             who = f"{finding.process}: " if finding.process else ""
             lines.append(f"{finding.state.upper() if finding.state == FAILED else finding.state:8} {check:18} {who}{finding.saw}{also}")
@@ -134,13 +146,13 @@ def words(findings: Sequence[Finding]) -> str:
 
 def local(wanted: Wanted, root: Path = Path("/")) -> list[Finding]:
     """The findings of this machine that need neither its devices nor another process."""
-    folder = Path(wanted.out) if not wanted.out.startswith("gs:/") else Path("runs")
+    folder = Path("runs" if wanted.in_bucket else wanted.out)
     checks: dict[str, Callable[[], Finding | Iterable[Finding]]] = {
         "python": python,
         "packages": packages,
         "jax": jax_family,
+        "libtpu": libtpu,
         "runtime": lambda: runtime(wanted.out),
-        "processes": lambda: alone(wanted),
         "tpu in use": lambda: tpu_in_use(root),
         "open files": open_files,
         "memory": lambda: memory(root),
@@ -226,14 +238,25 @@ def satisfies(version: str, specifiers: str) -> bool:
     return True
 
 
-def packages() -> Finding:
-    """What the package requires is installed; what only an extra requires may be missing, but not too old."""
-    needs = [need for need in requirements("mlm_jax") if need.name != "mlm_jax" and (installed(need.name) or not need.extra)]
+def pip(verb: str, *packages: str) -> str:
+    """The command that does so in the environment of this Python."""
+    command = [sys.executable, "-m", "pip", verb] if installed("pip") else ["uv", "pip", verb, "--python", sys.executable]
+    return shlex.join([*command, *packages])  # environments that uv makes have no pip
+
+
+def packages() -> Iterator[Finding]:
+    """What the package requires is installed; what only an extra requires may be missing, and is worth a warning where it is too old."""
+    needs = [need for need in requirements("mlm_jax") if need.name != "mlm_jax" and need.extra not in ("test", "dev")]
+    needs = [need for need in needs if installed(need.name) or not need.extra]
     wrong = [need for need in needs if not satisfies(installed(need.name), need.specifiers)]
-    if wrong:
-        saw = "; ".join(f"{need.name} {installed(need.name) or 'is missing'}, not {need.specifiers}" for need in wrong)
-        return Finding("packages", FAILED, saw, "pip install " + " ".join(f'"{need.name}{need.specifiers}"' for need in wrong))
-    return Finding("packages", OK, f"{len({need.name for need in needs})} that are required are there, in the right versions")
+    for state, some in ((FAILED, [need for need in wrong if not need.extra]), (WARNING, [need for need in wrong if need.extra])):
+        if some:
+            whose = [f", which the extra {need.extra} asks for" if need.extra else "" for need in some]
+            each = [f"{need.name} {installed(need.name) or 'is missing'}, not {need.specifiers}" for need in some]
+            remedy = pip("install", *(need.name + need.specifiers for need in some))
+            yield Finding("packages", state, "; ".join(map("".join, zip(each, whose, strict=True))), remedy)
+    if not wrong:
+        yield Finding("packages", OK, f"{len({need.name for need in needs})} that are required are there, in the right versions")
 
 
 def jax_family() -> Finding:
@@ -246,48 +269,80 @@ def jax_family() -> Finding:
     if wrong:
         saw += f"; jax wants {', '.join(f'{name}{specifiers}' for name, specifiers in wrong.items())}"
         chosen = f"[{','.join(extras)}]" if extras else ""
-        return Finding("jax", FAILED, saw, f'pip install "jax{chosen}=={installed("jax")}"')
+        return Finding("jax", FAILED, saw, pip("install", f"jax{chosen}=={installed('jax')}"))
     return Finding("jax", OK, saw)
 
 
-def runtime(out: str, environ: Mapping[str, str] = os.environ) -> Finding:
+def libtpu() -> Iterator[Finding]:
+    """Another libtpu than the package would be used; nothing where it is not. Source: jax/_src/cloud_tpu_init.py, get_tpu_library_path."""
+    named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
+    own = os.path.join(os.path.dirname(package.origin or ""), "libtpu.so") if package else ""
+    if named and os.path.realpath(named) != os.path.realpath(own):
+        yield Finding("libtpu", WARNING, f"TPU_LIBRARY_PATH={named} goes before the package's", "unset TPU_LIBRARY_PATH")
+    if nightly := installed("libtpu-nightly"):
+        remedy = " && ".join([pip("uninstall", "libtpu-nightly", "libtpu"), pip("install", f"jax[tpu]=={installed('jax')}")])
+        yield Finding("libtpu", WARNING, f"libtpu-nightly {nightly} is installed, in the same folder as libtpu", remedy)
+
+
+def notebook(environ: Mapping[str, str] = os.environ) -> str:
+    """Which notebook service this is; "" where it is none."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in environ:
+        return "Kaggle"
+    return "Google Colab" if "COLAB_RELEASE_TAG" in environ else ""  # also in Kaggle's images, which are made of Colab's
+
+
+def runtime(out: str, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Which notebook service this is, if any, and what it lacks.
 
     Source: research.google.com/colaboratory/faq.html; kaggle.com/docs/notebooks, Technical Specifications.
     """
-    if "COLAB_RELEASE_TAG" in environ:
+    in_bucket, folder = out.startswith("gs:/"), Path(os.path.abspath(out))
+    if notebook(environ) == "Google Colab":
         saw = f"Google Colab ({environ['COLAB_RELEASE_TAG']}): a machine that goes when it is idle, or, free of charge, after at most 12 hours"
-        if out.startswith(("gs:/", "/content/drive/")):
-            return Finding("runtime", OK, f"{saw}; {out} stays")
-        remedy = (
-            "Give --out gs://BUCKET/FOLDER after `from google.colab import auth; auth.authenticate_user()`, "
-            "or a folder below /content/drive after `from google.colab import drive; drive.mount('/content/drive')`"
-        )
-        return Finding("runtime", WARNING, f"{saw}, and {out} with it", remedy)
-    if "KAGGLE_KERNEL_RUN_TYPE" in environ:
-        saw = "Kaggle: a session of at most 12 hours, 9 on a TPU; no network unless the notebook's settings switch it on"
-        if out.startswith(("gs:/", "/kaggle/working")):
-            return Finding("runtime", OK, f"{saw}; {out} stays{'' if out.startswith('gs:/') else ', up to 20 GB, when a version is saved'}")
-        remedy = "Give --out /kaggle/working/FOLDER, of which 20 GB are kept when a version is saved, or --out gs://BUCKET/FOLDER"
-        return Finding("runtime", WARNING, f"{saw}; {out} goes with the session", remedy)
-    return Finding("runtime", OK, "a machine of its own, neither Colab nor Kaggle")
+        mount = "after `from google.colab import drive; drive.mount('/content/drive')`"
+        in_drive, mounted = folder.is_relative_to("/content/drive"), os.path.ismount("/content/drive")
+        if in_bucket or (in_drive and mounted):
+            yield Finding("runtime", OK, f"{saw}; {out} stays")
+        elif in_drive:
+            yield Finding("runtime", WARNING, f"{saw}, and {out} with it, as no Drive is mounted", f"Look again {mount}")
+        else:
+            remedy = "Give --out gs://BUCKET/FOLDER after `from google.colab import auth; auth.authenticate_user()`"
+            yield Finding("runtime", WARNING, f"{saw}, and {out} with it", f"{remedy}, or a folder below /content/drive {mount}")
+    elif notebook(environ) == "Kaggle":
+        saw = "Kaggle: a session of at most 12 hours, 9 on a TPU"
+        if in_bucket or folder.is_relative_to("/kaggle/working"):
+            kept = "" if in_bucket else ", up to 20 GB, when a version is saved"
+            yield Finding("runtime", OK, f"{saw}; {out} stays{kept}")
+        else:
+            remedy = "Give --out /kaggle/working/FOLDER, of which 20 GB are kept when a version is saved, or --out gs://BUCKET/FOLDER"
+            yield Finding("runtime", WARNING, f"{saw}; {out} goes with the session", remedy)
+        try:
+            socket.create_connection(("storage.googleapis.com", 443), timeout=10).close()
+        except OSError as e:
+            yield Finding("network", WARNING, f"no way out of this notebook ({e})", "Switch on Internet in the notebook's settings")
+    else:
+        yield Finding("runtime", OK, "a machine of its own, neither Colab nor Kaggle")
 
 
-def alone(wanted: Wanted, environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Whether one worker of a pod is looked at without the others; nothing where it is not."""
-    workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if wanted.several or len(workers) == 1:
-        return []
-    saw = f"this is one of {len(workers)} workers of a pod, and looked at alone"
-    return [Finding("processes", FAILED, saw, "Give the command on every worker at about the same time, with --distributed")]
+def tpus(root: Path = Path("/")) -> int:
+    """How many TPU chips are attached to this machine; other devices of the same vendor are network cards and disks."""
+    ours = [path for path in root.glob("sys/bus/pci/devices/*/vendor") if path.read_text().strip() == "0x1ae0"]
+    return sum(path.with_name("device").read_text().strip() in TPU_DEVICES for path in ours)
 
 
-def tpu_in_use(root: Path = Path("/")) -> Finding:
-    """No other process has the TPU. libtpu locks a file of its own by lockf, and opens /dev/accel* or, on newer kinds, /dev/vfio/*."""
-    nodes = sorted({*root.glob("dev/accel[0-9]*"), *root.glob("dev/vfio/[0-9]*")})
+def tpu_in_use(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> Finding:
+    """No other process has the TPU. libtpu locks a file of its own by lockf, and opens /dev/accel* or, on newer kinds, /dev/vfio/*.
+
+    Where this process is to have some of the chips alone, only those are looked at: libtpu then takes no lock.
+    """
+    found = [*root.glob("dev/accel[0-9]*"), *(root.glob("dev/vfio/[0-9]*") if tpus(root) else ())]
+    nodes = sorted(found, key=lambda path: int(re.sub(r"\D", "", path.name)))
+    visible = environ.get("TPU_VISIBLE_CHIPS") or environ.get("TPU_VISIBLE_DEVICES")
+    if visible:
+        nodes = [nodes[i] for i in map(int, re.findall(r"\d+", visible)) if i < len(nodes)]
     lockfile = root / "tmp" / "libtpu_lockfile"
     held = False
-    if lockfile.exists():
+    if lockfile.exists() and not 0 < len(nodes) < len(found):
         try:
             with lockfile.open("r+b") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go with the file
@@ -298,23 +353,36 @@ def tpu_in_use(root: Path = Path("/")) -> Finding:
             return Finding("tpu in use", FAILED, saw, f"sudo rm {lockfile}, if sudo lsof -w {every} names no process")
     users = _users([*nodes, *([lockfile] if held else [])])
     if users:
-        saw = ", ".join(f"process {pid} ({command})" for pid, command in users.items())
-        return Finding("tpu in use", FAILED, f"by {saw}", f"kill {' '.join(map(str, users))}")
+        saw = ", ".join(f"process {pid} ({_command(pid)[:80]})" for pid in users)
+        return Finding("tpu in use", FAILED, f"by {saw}", _end(users))
     if held:
         remedy = f"Find it by sudo lsof -w {' '.join(map(str, [*nodes, lockfile]))}, and end it"
         return Finding("tpu in use", FAILED, f"by a process that this user may not see: {lockfile} is locked", remedy)
     return Finding("tpu in use", OK, "by no process" if nodes or lockfile.exists() else "there is none")
 
 
-def _users(paths: Sequence[Path]) -> dict[int, str]:
-    """The processes that have one of these files open, as far as this user may see them, and the commands they execute."""
-    names, found = {os.path.realpath(path) for path in paths}, {}
+def _users(paths: Sequence[Path]) -> list[int]:
+    """The processes that have one of these files open, as far as this user may see them."""
+    names, found = {os.path.realpath(path) for path in paths}, set()
     for opened in Path("/proc").glob("[0-9]*/fd/*") if names else ():
         with contextlib.suppress(OSError):  # it has ended meanwhile, or belongs to another user
-            pid = int(opened.parts[2])
-            if os.readlink(opened) in names and pid != os.getpid():
-                found[pid] = (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:80]
-    return found
+            if os.readlink(opened) in names:
+                found.add(int(opened.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
+def _command(pid: int) -> str:
+    """What a process executes; "" where it has ended."""
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def _end(pids: Sequence[int]) -> str:
+    """How to end these processes."""
+    if any("kernel_launcher" in _command(pid) for pid in pids):
+        return "Restart the runtime of the notebook that has it, or the kernel"
+    return f"kill {' '.join(map(str, pids))}"
 
 
 def open_files() -> Finding:
@@ -328,17 +396,21 @@ def open_files() -> Finding:
 
 
 def memory(root: Path = Path("/")) -> Finding:
-    """There is memory left, also within the limit of a container. Source: proc(5); cgroup v2 in the kernel's documentation."""
+    """There is memory left, also within the limits of a container or of a job. Source: proc(5); cgroup v2 in the kernel's documentation."""
 
     def fields(path: Path) -> dict[str, int]:
         return {name.rstrip(":"): int(n) for name, n in re.findall(r"^(\S+)\s+(\d+)", path.read_text(), re.MULTILINE)}
 
     if not (root / "proc" / "meminfo").exists():
         return Finding("memory", OK, "not told by this system")
-    available, group = fields(root / "proc" / "meminfo")["MemAvailable"] << 10, root / "sys" / "fs" / "cgroup"
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
-        used = int((group / "memory.current").read_text()) - fields(group / "memory.stat").get("inactive_file", 0)
-        available = min(available, int(most) - used)
+    available, top = fields(root / "proc" / "meminfo")["MemAvailable"] << 10, root / "sys" / "fs" / "cgroup"
+    listed = root / "proc" / "self" / "cgroup"
+    own = re.search(r"^0::/(.*)", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    group = top / own[1] if own else top
+    for limited in (folder for folder in (group, *group.parents) if folder.is_relative_to(top) and (folder / "memory.max").exists()):
+        if (most := (limited / "memory.max").read_text().strip()) != "max":
+            used = int((limited / "memory.current").read_text()) - fields(limited / "memory.stat").get("inactive_file", 0)
+            available = min(available, int(most) - used)
     saw = f"{available / 2**30:.1f} GiB available"
     if available < MEMORY_BYTES:
         return Finding("memory", WARNING, f"{saw}, less than {MEMORY_BYTES >> 30}", "End other programs, or take a machine or container with more")
@@ -347,7 +419,7 @@ def memory(root: Path = Path("/")) -> Finding:
 
 def disk(folder: Path) -> Finding:
     """There is room where `folder` is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # False also where one may not look
     stat = os.statvfs(there)
     free = stat.f_bavail * stat.f_frsize
     saw, remedy = f"{free / 2**30:.1f} GiB free in {there}", "Free some space there, or name another disk with --out"
@@ -411,8 +483,9 @@ def skew(check: str, ahead: float, whose: str, than: str = "this machine's") -> 
 
 
 def _tell(other: subprocess.Popen[str], what: Any) -> None:
+    assert other.stdin
     with contextlib.suppress(BrokenPipeError):  # it has ended, as will be found
-        print(json.dumps(what), file=other.stdin, flush=True)
+        os.write(other.stdin.fileno(), json.dumps(what).encode() + b"\n")  # its buffer would be written once more when it is closed
 
 
 def _heard(other: subprocess.Popen[str], errors: IO[str], say: Callable[[str], None]) -> Iterator[Finding]:
@@ -453,18 +526,27 @@ def _heard(other: subprocess.Popen[str], errors: IO[str], say: Callable[[str], N
 def ended_in(stage: str, ended: int, errors: str) -> Finding:
     """What to say where the process that looked at the devices ended by itself, with these last words."""
     told = [line.strip() for line in errors.splitlines() if line.strip()]
-    reasons = [line for line in told if re.search(r"Unknown flag|\w(Error|Exception): |already in use", line)]
+    reasons = [line for line in told if re.search(r"Unknown (command line )?flag|\w(Error|Exception): |already in use|multi-process lockfile", line)]
     last = (reasons or told or ["none"])[-1]
     return Finding(stage, FAILED, f"ended with status {ended}, its last words: {last[-300:]}", advice(stage, last))
 
 
 def advice(stage: str, error: str) -> str:
-    """What to do about an error of JAX in that stage."""
+    """What to do about an error of XLA or libtpu in that stage."""
     if user := re.search(r"in use by process with pid (\d+)", error):
-        return f"kill {user[1]}"
+        return _end([int(user[1])])
+    if re.search("owned by another user|multi-process lockfile", error):
+        every = "/dev/accel* /dev/vfio/* /tmp/libtpu_lockfile"
+        return f"End the process that sudo lsof -w {every} names; where it names none, sudo rm /tmp/libtpu_lockfile"
     if flags := re.search(r"Unknown flags? in (\w+): (.*)", error):
-        return f"Take {flags[2].strip()} out of the environment variable {flags[1]}"
-    if os.environ.get("JAX_PLATFORMS") and "backend" in error:
+        others = [flag for flag in flags[2].split() if not flag.startswith("--xla_tpu_")]
+        if others:
+            return f"Take {' '.join(others)} out of the environment variable {flags[1]}"
+        return f"Move {flags[2].strip()} from the environment variable {flags[1]} to LIBTPU_INIT_ARGS"
+    flag = re.search(r"Unknown command line flag '(\w+)'", error)
+    if flag and flag[1] in os.environ.get("LIBTPU_INIT_ARGS", ""):  # JAX itself adds some
+        return f"Take --{flag[1]} out of the environment variable LIBTPU_INIT_ARGS"
+    if os.environ.get("JAX_PLATFORMS") and "backend" in error and not tpus():
         return f"unset JAX_PLATFORMS, which is {os.environ['JAX_PLATFORMS']}, or install what it needs"
     return REMEDIES[stage]
 
@@ -479,12 +561,19 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
         joined = _safely("processes", lambda: _join(wanted))
         if joined:
             yield from joined
-            yield Finding("devices", WARNING, "not looked at, as the processes are not together", "First see to the processes")
+            yield APART
             return
         hosts = dict(sorted(distributed.gathered("doctor_hosts", host, SAYS_S).items()))
         yield Finding("processes", OK, f"{len(hosts)} came, on {', '.join(dict.fromkeys(hosts.values()))}")
+        if silent := [str(i) for i in range(distributed.count()) if i not in hosts]:
+            yield Finding("processes", FAILED, f"came, but said nothing within {SAYS_S:g} s: {', '.join(silent)}", "Look at what they have printed")
     else:
         hosts = {0: host}
+        if (workers := pod().workers) > 1:
+            saw = f"this is one of {workers} workers of a pod, and looked at alone"
+            yield Finding("processes", FAILED, saw, "Give the command on every worker at about the same time, with --distributed")
+            yield APART
+            return
 
     def others(name: str, findings: list[Finding]) -> Iterator[Finding]:
         """Tells the others the findings of this process, and yields theirs to the first one."""
@@ -496,14 +585,16 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
 
     if wanted.several:
         yield Stage("processes", SAYS_S + 60)
-    yield from others("processes", read_local())
+    here = read_local()
+    theirs = list(others("processes", here))
+    yield from theirs
+    yield from versions(here, theirs)
     if wanted.several:
         distributed.gathered("doctor_ready", "", SAYS_S)  # from here on all are within the time of a message
         times = distributed.gathered("doctor_clock", repr(time.time()), SAYS_S)
         yield from clocks({i: float(said) for i, said in times.items()}, hosts)
-        place = storage.place(wanted.out)
-        if isinstance(place, Path):
-            found = _safely("out", lambda: shared_folder(place, hosts))
+        if not wanted.in_bucket:  # into which each has written by itself
+            found = _safely("out", lambda: shared_folder(Path(wanted.out), hosts))
             yield from found
             yield from others("out", found)
     yield Stage("devices", SAYS_S + 60)
@@ -522,6 +613,16 @@ def _look(wanted: Wanted, read_local: Callable[[], list[Finding]]) -> Iterator[F
         found += (made := _safely(name, check))
         yield from made
     yield from others("collective", found)
+
+
+def versions(here: Sequence[Finding], theirs: Sequence[Finding]) -> Iterator[Finding]:
+    """What to say where Python or JAX is not the same in all processes: what process 0 has is right, if it is fine there."""
+    for mine in (finding for finding in here if finding.check in ALIKE and finding.state == OK):
+        if differ := [finding for finding in theirs if finding.check == mine.check and finding.saw != mine.saw]:
+            saw = f"not the same in all processes: {mine.saw}, but in {', '.join(f'{finding.process} {finding.saw}' for finding in differ)}"
+            packages = [f"{name}=={version}" for name, version in re.findall(r"(\S+) (\d[^,]*)", mine.saw)]
+            remedy = pip("install", *packages) if mine.check == "jax" else f"Make virtual environments with Python {mine.saw}"
+            yield Finding(mine.check, FAILED if mine.check == "jax" else WARNING, saw, f"In these: {remedy}")
 
 
 def _join(wanted: Wanted) -> list[Finding]:
@@ -581,27 +682,51 @@ class Summary(NamedTuple):
 def _summary() -> Summary | str:
     """The devices of this process, or why JAX finds none."""
     import jax
-    from jax._src import hardware_utils  # no public name: what jax itself looks for
 
     try:
         found = jax.devices()
     except RuntimeError as e:
         return storage.first_line(e)
-    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
-    unused = ""
+    unused, chips = "", tpus()
     if found[0].platform == "cpu":
-        unused = f"{chips} TPU chips" if chips else "an NVIDIA GPU" if hardware_utils.has_visible_nvidia_gpu() else ""
-    expected = expected_devices(os.environ) if found[0].platform == "tpu" else None
+        unused = f"{chips} TPU chips" if chips else "an NVIDIA GPU" if any(map(os.path.exists, ("/dev/nvidia0", "/dev/nvidiactl"))) else ""
+    expected = pod().devices if found[0].platform == "tpu" else None
     return Summary(found[0].platform, found[0].device_kind, jax.local_device_count(), len(found), expected, unused)
 
 
-def expected_devices(environ: Mapping[str, str]) -> int | None:
-    """How many devices the environment of a TPU VM or a pod of Kubernetes says that all processes have; None where it does not say."""
-    kind, _, n = environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")
+class Pod(NamedTuple):
+    """What the cloud says of the TPU that this machine is a worker of."""
+
+    workers: int  # in all slices
+    devices: int | None  # of all workers; None: not told
+
+
+def pod() -> Pod:
+    """Asks the metadata of a TPU VM or, under Kubernetes, the environment, as jax.distributed.initialize does.
+
+    Source: jax/_src/clusters/cloud_tpu_cluster.py; for ACCELERATOR_TYPE in tpu-env github.com/pytorch/xla, torch_xla/_internal/tpu.py.
+    """
+    from jax._src.clusters import cloud_tpu_cluster as cloud  # no public name
+
+    kind, slices, workers = os.environ.get("TPU_ACCELERATOR_TYPE"), os.environ.get("MEGASCALE_NUM_SLICES"), [""]
+    with contextlib.suppress(OSError):  # nobody answers for the metadata
+        if cloud.GceTpuCluster.is_env_present():
+            workers = cloud.GceTpuCluster._get_worker_list_in_slice()
+            kind = kind or cloud.get_tpu_env_value_from_metadata("ACCELERATOR_TYPE")
+            slices = slices or cloud.get_tpu_env_value_from_metadata("MEGASCALE_NUM_SLICES")
+        elif cloud.GkeTpuCluster.is_env_present():
+            workers = cloud.GkeTpuCluster._get_worker_list_in_slice()
+    n = int(slices or 1)
+    return Pod(n * len(workers), expected_devices(kind or "", n))
+
+
+def expected_devices(accelerator: str, slices: int) -> int | None:
+    """How many devices so many slices of this accelerator type have; None where it is not known."""
+    kind, _, n = accelerator.partition("-")
     chip = next((chip for chip in CHIPS.values() if chip.accelerator == kind), None)
     if chip is None or not n.isdecimal():
         return None
-    return int(n) // chip.cores * chip.devices * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    return int(n) // chip.cores * chip.devices * slices
 
 
 def devices(said: Sequence[Sequence[Any]], wanted: int | None) -> Finding:
@@ -611,15 +736,21 @@ def devices(said: Sequence[Sequence[Any]], wanted: int | None) -> Finding:
     saw = f"{first.everywhere} {first.kind} ({first.platform})"
     saw += f", {' + '.join(map(str, counts))} in {len(each)} processes" if len(each) > 1 else ""
     expected = first.expected if wanted is None else wanted
-    if expected not in (None, first.everywhere):
+    other = expected not in (None, first.everywhere)
+    saw += f"; {expected} were expected" if other else ""
+    if unused := next((one.unused for one in each if one.unused), ""):
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            return Finding("devices", FAILED if other else WARNING, f"{saw}; JAX_PLATFORMS={platforms} hides {unused}", "unset JAX_PLATFORMS")
+        plugin = f"jax[{'tpu' if 'TPU' in unused else 'cuda12'}]=={installed('jax')}"
+        return Finding("devices", FAILED, f"{saw}; {unused} not used", pip("install", plugin))
+    if other:
         remedy = f"Give the command on every worker with --distributed, see to XLA_FLAGS and *_VISIBLE_*, or say --devices {first.everywhere}"
-        return Finding("devices", FAILED, f"{saw}; {expected} were expected", remedy)
+        return Finding("devices", FAILED, saw, remedy)
     if len({(one.here, one.kind) for one in each}) > 1:
         return Finding("devices", FAILED, f"{saw}; not the same in all processes", "See to the machine that differs; restart it, or make it anew")
-    if unused := next((one.unused for one in each if one.unused), ""):
-        if os.environ.get("JAX_PLATFORMS"):
-            return Finding("devices", WARNING, f"{saw}; JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} hides {unused}", "unset JAX_PLATFORMS")
-        return Finding("devices", FAILED, f"{saw}; {unused} not used", f'pip install -e ".[{"tpu" if "TPU" in unused else "gpu"}]"')
+    if first.platform == "cpu" and notebook():
+        remedy = "Choose one: Settings > Accelerator" if notebook() == "Kaggle" else "Choose one: Runtime > Change runtime type"
+        return Finding("devices", WARNING, f"{saw}; this notebook has no accelerator", remedy)
     return Finding("devices", OK, saw)
 
 
@@ -635,15 +766,18 @@ def compilation_cache() -> Finding:
         observe.keep_compiled(Path(temporary))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         before = observe.compilation()
+        new = secrets.randbits(31)  # else an earlier look has left it there
         for _ in range(2):
-            jax.jit(lambda x: 3 * x + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+            jax.jit(lambda x: x + new).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
             jax.clear_caches()
         hits = observe.compilation().since(before).programs_from_cache
     place = named or "compiled/ of each run"
     if hits:
         return Finding("compilation cache", OK, f"{place}: what was compiled was found again")
     reason = f": {storage.first_line(heard[0].message)}" if heard else ""
-    return Finding("compilation cache", WARNING, f"{place}: each start compiles anew{reason}", REMEDIES["compilation cache"])
+    switched_off = not jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    remedy = "unset JAX_ENABLE_COMPILATION_CACHE" if switched_off else REMEDIES["compilation cache"]
+    return Finding("compilation cache", WARNING, f"{place}: each start compiles anew{reason}", remedy)
 
 
 def collective() -> Finding:

@@ -49,6 +49,17 @@ def test_every_worker_gets_the_command_with_its_arguments_as_given(shell, tmp_pa
     assert not list(tmp_path.rglob("broken"))
 
 
+def test_doctor_is_given_to_every_worker_and_its_findings_and_status_come_back(shell, tmp_path):
+    words = ["--doctor", "my-pod", "us-central2-b", "--out", "gs://bucket/a b", *AWKWARD]
+    done = shell("--dry-run", *words)
+    assert done.returncode == 0 and records(tmp_path, "gcloud") == []
+    done = shell(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    assert records(tmp_path, "mlm-jax") == ["doctor", "--distributed", "--out", "gs://bucket/a b", *AWKWARD]
+    assert "--worker=all" in records(tmp_path, "gcloud") and records(tmp_path, "tmux") == []
+    assert not list(tmp_path.rglob("broken"))
+
+
 def test_dry_run_prints_what_would_be_called_and_calls_nothing(shell, tmp_path):
     done = shell("--dry-run", "my-pod", "us-central2-b", "experiments/tiny.py", *AWKWARD)
     assert done.returncode == 0 and records(tmp_path, "gcloud") == []
@@ -74,7 +85,7 @@ def test_setup_clones_then_updates_and_installs(shell, tmp_path):
         done = shell("--setup", "my-pod", "us-central2-b", str(tmp_path / "origin with space"))
         assert done.returncode == 0, done.stderr
         assert (worker / "mlm_jax/file").read_text() == content and content in done.stdout
-    assert records(tmp_path, "uv") == ["venv", "--quiet", "--python", "3.12", "pip", "install", "--quiet", "-e", ".[tpu]"] * 2
+    assert records(tmp_path, "uv") == ["venv", "--quiet", "--python", "3.12", "pip", "install", "--quiet", "-e", ".[tpu,gcs]"] * 2
 
 
 def test_log_and_stop_reach_the_run(shell, tmp_path):
@@ -91,6 +102,7 @@ def test_log_and_stop_reach_the_run(shell, tmp_path):
         (["my-pod", "us-central2-b"], "TPU, ZONE and EXPERIMENT are needed, 2 given."),
         (["--setup", "my-pod", "us-central2-b"], "TPU, ZONE and REPOSITORY are needed, and BRANCH if not main; 2 given."),
         (["--log", "my-pod"], "TPU and ZONE are needed, 1 given."),
+        (["--doctor", "my-pod"], "TPU and ZONE are needed, 1 given."),
         (["--set", "my-pod", "us-central2-b", "x.py"], "--set: no such option. Options of mlm-jax go after EXPERIMENT."),
         (["My_Pod", "us-central2-b", "x.py"], "TPU = My_Pod: not a name that a TPU can have (a-z, 0-9 and -)."),
         (["my-pod", "central", "x.py"], "ZONE = central: not a zone. Write, for example, us-central2-b."),
