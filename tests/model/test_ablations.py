@@ -405,5 +405,3 @@ def test_fifty_steps_on_real_text_bring_the_loss_down(name, curve):
     print(f"{name}: {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert len(losses) == 50 and np.isfinite(losses).all()
     assert np.mean(losses[-5:]) < losses[0] - FALL
-    if name == "gpt2":
-        assert losses == curve(name, OFF), "every switch spelled out at its off value trains otherwise"
