@@ -4,15 +4,15 @@ from collections.abc import Iterable, Sequence
 
 from mlm_jax import chips
 from mlm_jax.metrics import duration
-from mlm_jax.plan.tpu import Exchanged, Memory, Plan
+from mlm_jax.plan.tpu import N_NAMED, Exchanged, Memory, Plan
 
 PHASES = ("forward", "recomputed", "backward", "update")
-N_LARGEST, N_EXCHANGED = 8, 10  # that are named
+N_EXCHANGED = 10
 
 
 def describe(plan: Plan) -> str:
     """The page: what fits, what it is made of, how long a step takes, days and price."""
-    t, m, largest = plan.topology, plan.memory, plan.largest[:N_LARGEST]
+    t, m, largest = plan.topology, plan.memory, plan.largest[:N_NAMED]
     slices = f"{t.slices} slices of " if t.slices > 1 else ""
     lines = [
         f"{plan.name}, {plan.n_params:,} parameters, on {slices}{t.name} ({t.accelerator_type}): {t.n_chips} chips, {t.n_cores} cores, {_mesh(plan)}",
@@ -23,10 +23,7 @@ def describe(plan: Plan) -> str:
         *table(("GiB a device", ""), _memory(m)),
         "",
         "Largest arrays in a device's memory",
-        *table(
-            ("GiB", "shape", "made by", "line"),
-            [(gib(size), shape, name or "(no name)", line) for size, shape, name, line in largest],
-        ),
+        *table(("GiB", "shape", "made by", "line"), [(gib(size), shape, name or "(no name)", line) for size, shape, name, line in largest]),
         "",
         *_cycles(plan),
         "",
@@ -114,7 +111,7 @@ def exchanges(what: str, exchanged: Sequence[Exchanged]) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     b, t = plan.budget, plan.topology
-    how = "planned cycles" if plan.clocked else "FLOPs at peak, for want of a known clock"
+    how = "planned cycles" if t.chip.clock_hz else "FLOPs at peak, for want of a known clock"
     speeds = [
         ("at least", plan.lower_s, "every exchange hidden, kernels at their best"),
         ("estimate", plan.step_s, "exchanges hidden that the compiler starts early"),

@@ -24,7 +24,7 @@ from mlm_jax.plan.topology import Topology
 from mlm_jax.train import abstract_state, check_batches, lower_step
 
 Build = Callable[[ModelConfig], gpt2.Model]
-N_LARGEST = 64  # arrays that a plan keeps
+N_KEPT, N_NAMED = 64, 8  # of the largest arrays: those that a plan has, and those of which is spoken
 
 # The side of a chip's matrix unit, where it is not 128: a product over a head of 64 fills half of one of 128 x 128.
 UNIT = {"v6e": 256, "tpu7x": 256}
@@ -98,7 +98,6 @@ class Plan:
     kernels: list[Kernel]
     exchanged: list[Exchanged]
     compute_s: float  # planned cycles, or, where the clock of the chip is not known, the FLOPs of all products but those of attention, at its peak
-    clocked: bool
     kernels_s: tuple[float, float]  # at best, and as estimated
     flops_s: float  # the model's FLOPs at the peak of the devices
     budget: Budget
@@ -161,7 +160,7 @@ class DoesNotFit(Exception):
 
     def __init__(self, need: int, usable: int, largest: list[str]) -> None:
         super().__init__(f"needs {need / 2**30:.2f} GiB on a device that has {usable / 2**30:.2f}: {(need - usable) / 2**30:.2f} GiB too much")
-        self.need, self.usable, self.largest = need, usable, largest[:8]
+        self.need, self.usable, self.largest = need, usable, largest[:N_NAMED]
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -206,7 +205,7 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
     took = time.monotonic() - started
     program = hlo.Program(compiled.as_text() or "")
 
-    memory, largest = _memory(compiled, program, state, topology), program.arrays()[:N_LARGEST]
+    memory, largest = _memory(compiled, program, state, topology), program.arrays()[:N_KEPT]
     if memory.over > 0:  # the compiler itself looks at temporaries alone
         named = [f"{shape} ({size / 2**30:.2f} GiB) {name} {line}" for size, shape, name, line in largest]
         raise DoesNotFit(memory.total, memory.usable, named)
@@ -237,7 +236,6 @@ def plan(config: Config, build: Build, topology: Topology, *, usd_per_chip_hour:
         kernels=kernels,
         exchanged=exchanged(program, mesh, topology),
         compute_s=sum(n for parts in cycles.values() for n in parts.values()) / clock if clock else dense_s,
-        clocked=bool(clock),
         kernels_s=(at_best, SOFTMAX * at_best),
         flops_s=flops_s,
         budget=money,

@@ -34,7 +34,6 @@ def made_up(**changes) -> tpu.Plan:
             tpu.Exchanged("reduce-scatter", "mlm_jax/model/gpt2.py:3", "backward", "fsdp", 12, 5_000_000, 0.010, False),
         ],
         "compute_s": 0.1,
-        "clocked": True,
         "kernels_s": (0.005, 0.010),
         "flops_s": 0.033,
         "budget": Budget(0.12, 1000, 8, 1.2),
@@ -85,7 +84,7 @@ def test_the_json_holds_the_page():
 
 
 def test_without_a_clock_the_work_is_that_of_the_flops():
-    page = describe(made_up(clocked=False, topology=topology.parse("tpu7x:2x2x1")))
+    page = describe(made_up(topology=topology.parse("tpu7x:2x2x1")))
     assert "100.0  FLOPs at peak, for want of a known clock" in page
 
 
