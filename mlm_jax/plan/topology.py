@@ -101,8 +101,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     """
     if slices < 1:
         raise InputError("--slices", slices, "there is no such number of slices", "Give 1 or more")
-    found = re.fullmatch(r"([a-z0-9]+)(?::(\d+(?:x\d+)+)|-(\d+))", text.strip().lower())
-    kind = re.split("[:-]", text.strip().lower())[0]
+    name = text.strip().lower()
+    found, kind = re.fullmatch(r"([a-z0-9]+)(?::(\d+(?:x\d+)+)|-(\d+))", name), re.split("[:-]", name)[0]
     chip = next((chip for chip in CHIPS.values() if kind in (chip.name, chip.accelerator)), None)
     if chip and not found:
         raise InputError("--topology", text, f"names no slice of a {chip.name}", f"Give one of {_listed(chip)}")
