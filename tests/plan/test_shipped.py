@@ -48,14 +48,18 @@ print(json.dumps({"plan": made.to_json(), "page": describe.describe(made), "head
 
 
 @pytest.fixture(scope="module", params=["gpt2_124m_v5e_2x4", "gpt2_1558m_v5e_16x16", "gpt2_1558m_v5p_4x4x4"])
-def planned(request) -> dict:
+def planned(request, once) -> dict:
     """The plan of one of them, its page and its header, made in a process of its own."""
     pytest.importorskip("libtpu")
     file = ROOT / "experiments" / "tpu" / f"{request.param}.py"
-    command = [sys.executable, "-c", PLAN, str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout) | {"file": file, "config": experiment.load(str(file)).config}
+
+    def make() -> dict:
+        command = [sys.executable, "-c", PLAN, str(file)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return once(request.param, make) | {"file": file, "config": experiment.load(str(file)).config}
 
 
 def sent(plan: dict, kind: str, axes: str = "") -> float:
@@ -101,8 +105,10 @@ def test_weights_are_gathered_and_gradients_summed_in_parts_and_nothing_else_is_
 def test_each_device_holds_its_part_of_the_state_and_nothing_whole_but_the_table_in_bfloat16(planned):
     plan, m = planned["plan"], tpu.with_vocabulary(planned["config"]).model
     n = plan["mesh"]["fsdp"]
-    assert plan["memory"]["parameters"] == pytest.approx(4 * plan["n_params"] / n, rel=0.02)
-    assert plan["memory"]["optimizer"] == pytest.approx(8 * plan["n_params"] / n, rel=0.02)
+    whole = m.n_layers * (3 * m.d_model + m.d_ff)  # the biases of queries, keys, values and of the MLP's first half: no axis of theirs is D
+    mine = (plan["n_params"] - whole) // n + whole
+    assert plan["memory"]["parameters"] == 4 * mine
+    assert 8 * mine <= plan["memory"]["optimizer"] < 8 * mine + 100, "two moments, and counts"
     stack, table = m.n_layers * m.d_model**2, m.padded_vocab_size * m.d_model
     assert plan["largest"][-1]["bytes"] < 2 * stack, "all that could be a whole weight is among those named"
     for one in plan["largest"]:

@@ -60,11 +60,12 @@ SMALL = ("model.n_layers=4", "model.d_model=256", "model.n_heads=4", "model.d_ff
 
 
 @pytest.fixture(scope="module")
-def small() -> dict:
+def small(once) -> dict:
     """A small GPT-2 over FSDP of eight."""
     pytest.importorskip("libtpu")
     changes = (*SMALL, "train.batch_size=64", "mesh.fsdp=8", "model.remat=full", "model.attention=blocked")
-    return planned("experiments/gpt2_124m.py", "--topology", "v5litepod-8", *(word for one in changes for word in ("--set", one)))
+    flags = [word for one in changes for word in ("--set", one)]
+    return once("small", lambda: planned("experiments/gpt2_124m.py", "--topology", "v5litepod-8", *flags))
 
 
 @pytest.mark.tpu_aot
