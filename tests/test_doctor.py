@@ -754,35 +754,27 @@ def test_a_full_disk_is_found_and_another_one_is_not(free, files, state, saw, tm
     assert doctor.disk(tmp_path / "other").state == doctor.OK
 
 
-# As somebody whom permissions bind.
-UNPRIVILEGED = """
-import json, os, sys
+BOUND_BY_PERMISSIONS = """
+import json, sys
 from mlm_jax import doctor
-if os.getuid() == 0:
-    os.setuid(65534)
+from tests import permissions
+permissions.bind()
 print(json.dumps(doctor.local(doctor.Wanted(sys.argv[1]))))
 """
 
 
-def test_a_directory_that_cannot_be_written_to_is_found_and_one_that_can_is_fine():
-    folder = Path(tempfile.mkdtemp())  # those of pytest are open to this user alone
-    try:
-        folder.chmod(0o755)
-        (folder / "closed").mkdir(mode=0o555)
-        (folder / "open").mkdir()
-        (folder / "open").chmod(0o777)
-        found = {}
-        (folder / "hidden").mkdir(mode=0o700)
-        for name in ("closed/run", "open/run", "hidden/run"):
-            every = [doctor.Finding(*one) for one in json.loads(python(UNPRIVILEGED, folder / name))]
-            found[name] = only(every, "out")
-            assert only(every, "disk").saw.endswith(f"GiB free in {folder / name.partition('/')[0]}")
-        assert found["closed/run"].state == doctor.FAILED and "closed/run: cannot be written to (Permission denied)" in found["closed/run"].saw
-        assert found["closed/run"].remedy == "Name a directory that can be written to with --out"
-        assert found["hidden/run"].state == doctor.FAILED and "cannot be written to (Permission denied)" in found["hidden/run"].saw
-        assert found["open/run"].state == doctor.OK and list((folder / "open").iterdir()) == []
-    finally:
-        shutil.rmtree(folder)
+def test_a_directory_that_cannot_be_written_to_is_found_and_one_that_can_is_fine(tmp_path):
+    found = {}
+    for name, mode in {"closed": 0o555, "open": 0o755, "hidden": 0o000}.items():
+        (tmp_path / name).mkdir(mode=mode)
+        every = [doctor.Finding(*one) for one in json.loads(python(BOUND_BY_PERMISSIONS, tmp_path / name / "run"))]
+        (tmp_path / name).chmod(0o755)  # for pytest, which cleans up
+        found[name] = only(every, "out")
+        assert only(every, "disk").saw.endswith(f"GiB free in {tmp_path / name}")
+    assert found["closed"].state == doctor.FAILED and "closed/run: cannot be written to (Permission denied)" in found["closed"].saw
+    assert found["closed"].remedy == "Name a directory that can be written to with --out"
+    assert found["hidden"].state == doctor.FAILED and "cannot be written to (Permission denied)" in found["hidden"].saw
+    assert found["open"].state == doctor.OK and list((tmp_path / "open").iterdir()) == []
 
 
 def test_a_file_in_the_place_of_the_folder_a_run_in_it_and_a_disk_that_fills_are_found(tmp_path, monkeypatch):
@@ -985,10 +977,10 @@ def test_devices_that_answer_wrong_are_named(name, monkeypatch):
 
 
 LATER = """
-import json, os, pathlib, sys
-from mlm_jax import doctor, observe
-if os.getuid() == 0:
-    os.setuid(65534)  # somebody whom permissions bind
+import json, os, pathlib
+from mlm_jax import doctor
+from tests import permissions
+permissions.bind()
 folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 found = [doctor.compilation_cache()]
 folder.chmod(0o555)
@@ -1011,10 +1003,8 @@ def test_a_compilation_cache_that_cannot_be_written_is_found_and_set_right_by_th
 
 
 @pytest.mark.slow
-def test_a_compilation_cache_that_cannot_be_written_any_more_is_found():
-    with tempfile.TemporaryDirectory() as folder:  # those of pytest are open to this user alone
-        Path(folder).chmod(0o777)
-        before, closed, after = (doctor.Finding(*one) for one in json.loads(python(LATER, JAX_COMPILATION_CACHE_DIR=f"{folder}/cache")))
+def test_a_compilation_cache_that_cannot_be_written_any_more_is_found(tmp_path):
+    before, closed, after = (doctor.Finding(*one) for one in json.loads(python(LATER, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))))
     assert [before.state, closed.state, after.state] == [doctor.OK, doctor.WARNING, doctor.OK] and "Permission denied" in closed.saw
 
 

@@ -6,12 +6,10 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,13 +125,12 @@ def test_a_file_that_its_owner_takes_away_at_that_moment_is_not_what_is_locked(a
         pass
 
 
-# As somebody whom permissions bind.
-UNPRIVILEGED = """
-import os, pathlib, sys
+BOUND_BY_PERMISSIONS = """
+import pathlib, sys
 from mlm_jax import lock
 from mlm_jax.config import InputError
-if os.getuid() == 0:
-    os.setuid(65534)
+from tests import permissions
+permissions.bind()
 try:
     with lock.hold(pathlib.Path(sys.argv[1])):
         pass
@@ -143,16 +140,11 @@ except InputError as e:
 
 
 @pytest.mark.parametrize("name", ["run", "run/new"])
-def test_a_directory_that_cannot_be_written_to_is_refused(name):
-    folder = Path(tempfile.mkdtemp())  # those of pytest are open to this user alone
-    try:
-        folder.chmod(0o755)
-        (folder / "run").mkdir(mode=0o555)
-        out, err = python(UNPRIVILEGED, folder / name).communicate(timeout=60)
-        remedy = "Name a directory that can be written to with --out"
-        assert out == f"--out = {folder / name}: cannot be written to (Permission denied). {remedy}.\n", err
-    finally:
-        shutil.rmtree(folder)
+def test_a_directory_that_cannot_be_written_to_is_refused(name, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o555)
+    out, err = python(BOUND_BY_PERMISSIONS, tmp_path / name).communicate(timeout=60)
+    remedy = "Name a directory that can be written to with --out"
+    assert out == f"--out = {tmp_path / name}: cannot be written to (Permission denied). {remedy}.\n", err
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
