@@ -487,13 +487,14 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def doctor(args: argparse.Namespace) -> dict[str, Any]:
-    from mlm_jax import doctor
+    from mlm_jax.doctor.examine import examine
+    from mlm_jax.doctor.findings import FAILED, Wanted, words
 
-    given = {name: value for name in doctor.Wanted._fields if (value := getattr(args, name)) is not None}
-    findings = doctor.examine(doctor.Wanted(**given))
+    given = {name: value for name in Wanted._fields if (value := getattr(args, name)) is not None}
+    found = examine(Wanted(**given))
     if not args.json:
-        print(doctor.words(findings))
-    return {"findings": [finding._asdict() for finding in findings], "failed": sum(finding.state == doctor.FAILED for finding in findings)}
+        print(words(found))
+    return {"findings": [finding._asdict() for finding in found], "failed": sum(finding.state == FAILED for finding in found)}
 
 
 if __name__ == "__main__":
