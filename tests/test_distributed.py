@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -72,14 +71,14 @@ def run_processes(folder: Path, argv: list[str], n: int, devices: int, *, absent
     `more` has more arguments, and `code` what is executed before, for single processes.
     """
     folder.mkdir(exist_ok=True)
-    address, env = f"127.0.0.1:{free_port()}", os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    address = f"127.0.0.1:{free_port()}"
     started = []
     for i in (i for i in range(n) if i != absent):
         flags = [] if n == 1 else ["--coordinator", address, "--processes", str(n), "--process", str(i)]
         code, more = single.get("code", {}).get(i, "") + PROCESS, single.get("more", {}).get(i, [])
         command = [sys.executable, "-c", code, str(devices), str(folder / f"rows_{i}"), *argv, *flags, *more]
         pipe = subprocess.PIPE
-        started.append((i, subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)))
+        started.append((i, subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)))
     try:
         said = [(i, process, *process.communicate(timeout=600)) for i, process in started]
     finally:

@@ -1,7 +1,6 @@
 """A step that takes too long, and processes that are gone."""
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -212,13 +211,13 @@ def processes(experiment: Path, folder: Path, n: int, limit_s: float, silence_s:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     sets = {"train.steps": 1_000_000, "train.save_every": 0, "train.eval_every": 0, "train.step_timeout": limit_s, "mesh.fsdp": 2}
     argv = ["train", str(experiment), "--out", str(folder), *(word for path, value in sets.items() for word in ("--set", f"{path}={value}"))]
-    env, started = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}, []
+    started = []
     with contextlib.ExitStack() as stack:
         for i in range(n):
             command = [sys.executable, "-c", PROCESS, "2", str(silence_s), *argv]
             command += ["--coordinator", address, "--processes", str(n), "--process", str(i)]
             err = stack.enter_context((folder.parent / f"err_{i}").open("w"))
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=err, stderr=err, text=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=err, stderr=err, text=True)
             stack.callback(process.wait)
             stack.callback(process.kill)
             started.append(process)
