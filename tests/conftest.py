@@ -19,29 +19,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads outlive a fork, of
 # does not write whole files at once: one that another process were still writing would be read as damaged, with a warning, here an error.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlm_jax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# The tests mostly compile: this, and XLA's older emitters where it still has them, take less than half the time. With 0 they compile as users do.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
-import jaxlib.version
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+from tests import compilation
 
-QUICK_TO_COMPILE = " --xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
-XLA_FLAGS = os.environ.get("XLA_FLAGS", "").removesuffix(QUICK_TO_COMPILE)  # the first of pytest's processes hands them to the others
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jaxlib.version.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = XLA_FLAGS + QUICK_TO_COMPILE
+jax.config.update("jax_num_cpu_devices", 8)
+compilation.quickly()
+pytest.register_assert_rewrite("tests.doctor.shared")
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
-
-
-def as_users_compile(**more: str) -> dict[str, str]:
-    """The environment of a child process that compiles with all optimisations, and `more`."""
-    return os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": XLA_FLAGS} | more
 
 
 Documents = list[tuple[np.ndarray, np.ndarray]]  # of each the ids, and whether they are learned; <|endoftext|> is not among them

@@ -5,12 +5,13 @@ import os
 
 
 def bind() -> None:
-    """Root may read and write from here on only what the permissions of files let their owner; anybody else is bound as it is.
+    """Root may read and write only what the permissions of files let their owner; anybody else is bound as it is. Holds for this thread and those
+    that it starts, and not for a program that it executes.
 
     Another user would be bound as well, but may not be let into the folders of root where Python and the libraries lie.
     Source: capabilities(7) and capset(2) of Linux; CAP_DAC_OVERRIDE is 1, CAP_DAC_READ_SEARCH is 2.
     """
-    if os.getuid():
+    if os.geteuid():
         return
     libc = ctypes.CDLL(None)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread

@@ -11,7 +11,7 @@ import pytest
 from experiments import bench_memory
 from mlm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, override
 from mlm_jax.model import gpt2
-from tests.conftest import as_users_compile
+from tests import compilation
 
 CONFIG = Config(
     name="test",
@@ -77,7 +77,7 @@ def test_for_a_tpu_each_knob_saves_what_it_promises():
     pytest.importorskip("libtpu")
     rows = ["plain", "micro_batches = 8", "loss_chunks = 8", "remat = full", "remat = attention", "remat = dots"]
     command = [sys.executable, "-c", AHEAD_OF_TIME, json.dumps(rows)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=as_users_compile(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=compilation.as_users(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     memory = {row: bench_memory.Memory(**sizes) for row, sizes in json.loads(done.stdout).items()}
     for row, sizes in memory.items():

@@ -3,7 +3,6 @@
 import concurrent.futures
 import gzip
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from mlm_jax import cli, observe
 from mlm_jax.config import InputError
 from mlm_jax.metrics import read_metrics
+from tests import compilation
 
 
 def given(step, at, end, data_s=0.0):
@@ -83,7 +83,7 @@ print(found.programs, found.programs_from_cache, found.compile_s > 0)
 
 @pytest.mark.slow
 def test_a_second_process_takes_every_program_from_the_first_ones_cache(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    environment = {name: value for name, value in compilation.as_users().items() if "CACHE" not in name}
 
     def start(folder, **more):
         done = subprocess.run([sys.executable, "-c", COMPILE, str(folder)], env=environment | more, capture_output=True, text=True, check=True)
@@ -120,7 +120,7 @@ def test_bad_steps_of_a_trace_are_refused_before_anything_is_made(tiny_experimen
 
 @pytest.mark.slow
 def test_a_command_keeps_what_it_compiled_in_the_run_and_a_second_start_says_that_it_took_all_of_it(tiny_experiment, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    environment = {name: value for name, value in compilation.as_users().items() if "CACHE" not in name}
     argv = [sys.executable, "-m", "mlm_jax.cli", "train", str(tiny_experiment), "--out", str(tmp_path / "run"), "--set", "train.save_every=5"]
 
     def compiled():

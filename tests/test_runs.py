@@ -21,6 +21,7 @@ from mlm_jax.data import tokenizer as tokenizers
 from mlm_jax.history import read_history
 from mlm_jax.metrics import MEASURED, read_metrics
 from mlm_jax.model import gpt2
+from tests import compilation
 from tests.conftest import write_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -376,7 +377,7 @@ def start():
     started = []
 
     def start(argv):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = compilation.as_users(OMP_NUM_THREADS="1")
         started.append(subprocess.Popen([sys.executable, "-m", "mlm_jax.cli", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -428,7 +429,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     experiment, _ = write_experiment(folder)
     command = [sys.executable, "-m", "mlm_jax.cli", "run", str(experiment), *KILLED, "--set", "train.save_every=7", "--out", str(folder / "run")]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = compilation.as_users(OMP_NUM_THREADS="1")
     done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return experiment, folder / "run"

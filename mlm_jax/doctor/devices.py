@@ -1,4 +1,5 @@
-"""The devices: how many there are and should be, whether what is compiled for them is kept, and whether they compute right.
+"""The devices: how many there are and, by what the cloud says of a TPU, should be, whether what is compiled for them is kept, and whether they
+compute right.
 
 JAX is imported by the checks that need it, as it may be broken.
 """
@@ -64,12 +65,13 @@ def pod() -> Pod:
     from jax._src.clusters import cloud_tpu_cluster as cloud  # no public name
 
     kind, slices, workers = os.environ.get("TPU_ACCELERATOR_TYPE"), os.environ.get("MEGASCALE_NUM_SLICES"), [""]
-    with contextlib.suppress(OSError):  # nobody answers for the metadata
+    with contextlib.suppress(Exception):  # nobody answers for the metadata, or in words that JAX does not know: then it is not told
         if cloud.GceTpuCluster.is_env_present():
             workers = cloud.GceTpuCluster._get_worker_list_in_slice()
             kind = kind or cloud.get_tpu_env_value_from_metadata("ACCELERATOR_TYPE")
             slices = slices or cloud.get_tpu_env_value_from_metadata("MEGASCALE_NUM_SLICES")
-        elif cloud.GkeTpuCluster.is_env_present():
+    with contextlib.suppress(Exception):
+        if workers == [""] and cloud.GkeTpuCluster.is_env_present():
             workers = cloud.GkeTpuCluster._get_worker_list_in_slice()
     n = int(slices or 1)
     return Pod(n * len(workers), expected_devices(kind or "", n))

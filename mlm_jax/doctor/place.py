@@ -76,9 +76,12 @@ def shared_folder(folder: Path, hosts: Mapping[int, str], timeout: float) -> Fin
     mine = folder / names[distributed.number()]
     found = written(folder, f"{mine.name}_alone")
     if found.state == OK:
-        storage.write_text(mine, "")
+        try:
+            storage.write_text(mine, "")
+        except OSError as e:  # since then: the others wait for what this one says
+            found = _unwritten(folder, e)
     wrote = distributed.gathered("doctor_wrote", found.state, timeout)
-    unseen = [i for i in hosts if wrote.get(i) == OK and not (folder / names[i]).exists()]
+    unseen = [i for i in hosts if wrote.get(i) == OK and i in names and not (folder / names[i]).exists()]
     distributed.gathered("doctor_seen", "", timeout)
     mine.unlink(missing_ok=True)
     distributed.gathered("doctor_removed", "", timeout)

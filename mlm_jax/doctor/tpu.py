@@ -1,4 +1,4 @@
-"""The TPU chips of this machine: how many, who has them, and what to do where libtpu or XLA does not start."""
+"""The TPU chips of this machine: how many, who has them, and what to do where libtpu, or XLA on any device, does not start."""
 
 import contextlib
 import fcntl
@@ -74,7 +74,7 @@ def _end(pids: Sequence[int]) -> str:
 
 
 def advice(stage: str, error: str) -> str:
-    """What to do about an error of XLA or libtpu in that stage."""
+    """What to do about an error of XLA or libtpu in that stage: chips that another process has, unknown flags, a platform that is not there."""
     if user := re.search(r"in use by process with pid (\d+)", error):
         return _end([int(user[1])])
     if re.search("owned by another user|multi-process lockfile", error):

@@ -1,6 +1,5 @@
 """Devices that are not all there, not used or wrong are found, and a compilation cache that keeps nothing."""
 
-import contextlib
 import importlib.metadata
 import json
 import socket
@@ -57,10 +56,12 @@ def test_what_the_metadata_of_a_tpu_vm_say_of_its_pod_is_read(tpu_vm, monkeypatc
     assert devices.pod() == devices.Pod(4, 16)
     tpu_vm["tpu-env"] = TPU_ENV.format(more="MEGASCALE_NUM_SLICES: '2'")
     assert devices.pod() == devices.Pod(8, 32)
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{port}")  # nobody listens there
+    tpu_vm["worker-network-endpoints"] = "unknown:10.0.0.1"  # JAX does not know these
     assert devices.pod() == devices.Pod(1, None)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens there, and nobody else may
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{closed.getsockname()[1]}")
+        assert devices.pod() == devices.Pod(1, None)
 
 
 def test_what_kubernetes_says_of_a_pod_is_read(tpu_vm, monkeypatch):
@@ -69,6 +70,9 @@ def test_what_kubernetes_says_of_a_pod_is_read(tpu_vm, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
     assert devices.pod() == devices.Pod(4, 16)
     monkeypatch.setenv("TPU_PROCESS_ADDRESSES", "a:8471,a:8472,b:8471,b:8472,c:8471,c:8472,d:8471,d:8472")
+    assert devices.pod() == devices.Pod(8, 16)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    tpu_vm |= {"agent-worker-number": "0", "worker-network-endpoints": "unknown:10.0.0.1"}
     assert devices.pod() == devices.Pod(8, 16)
 
 
@@ -92,7 +96,7 @@ def test_devices_that_answer_wrong_are_named(name, monkeypatch):
 
 
 LATER = """
-import json, os, pathlib
+import json, os, pathlib, jax
 from mlm_jax.doctor import devices
 from tests import permissions
 permissions.bind()

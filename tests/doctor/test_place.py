@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlm_jax import storage
+from mlm_jax import distributed, lock, storage
 from mlm_jax.doctor.examine import local
 from mlm_jax.doctor.findings import FAILED, OK, WARNING, Finding, Wanted, safely
-from mlm_jax.doctor.place import disk, out
+from mlm_jax.doctor.place import disk, out, shared_folder
 from tests.doctor.shared import only, python
 
 
@@ -62,8 +62,6 @@ def test_a_directory_that_cannot_be_written_to_is_found_and_one_that_can_is_fine
 
 
 def test_a_file_in_the_place_of_the_folder_a_run_in_it_and_a_disk_that_fills_are_found(tmp_path, monkeypatch):
-    from mlm_jax import lock
-
     def found(folder: Path) -> Finding:
         return only(local(Wanted(str(folder)), tmp_path), "out")
 
@@ -87,6 +85,27 @@ def test_a_file_in_the_place_of_the_folder_a_run_in_it_and_a_disk_that_fills_are
     assert found(run).state == OK
     monkeypatch.setattr(storage, "read_text", lambda path: "other bytes")
     assert "gives back other bytes" in found(run).saw
+
+
+def test_a_shared_folder_that_fills_between_two_files_is_found_and_the_others_are_told(tmp_path, monkeypatch):
+    told, right = {}, storage.write_text
+
+    def gathered(name, value, timeout):
+        told[name] = value
+        return {0: value} | ({} if name == "doctor_names" else {1: OK})  # process 1 came too late for the names
+
+    def write_text(path, text):
+        if not path.name.endswith("_alone"):
+            raise OSError(28, "No space left on device")
+        right(path, text)
+
+    monkeypatch.setattr(distributed, "gathered", gathered)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_text", write_text)
+        found = shared_folder(tmp_path / "run", {0: "a", 1: "b"}, 1.0)
+    assert found[1:4] == (FAILED, f"{tmp_path}/run cannot be written to (No space left on device)", f"Free some space in {tmp_path}/run")
+    assert told["doctor_wrote"] == FAILED and "doctor_removed" in told
+    assert shared_folder(tmp_path / "run", {0: "a", 1: "b"}, 1.0).state == OK and not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")  # a request that was given up ends later

@@ -20,7 +20,7 @@ from mlm_jax.model import gpt2
 from mlm_jax.model.attention import Visibility, attention, interpreted
 from mlm_jax.objectives import cross_entropy
 from mlm_jax.sharding import make_mesh, spec
-from tests.conftest import as_users_compile
+from tests import compilation
 
 FAST = ("xla", "blocked", "splash", "flash")  # those that run on a CPU
 
@@ -410,7 +410,9 @@ def test_cudnn_lowers_for_a_gpu_that_is_not_there(monkeypatch, K):
 @pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="needs an NVIDIA GPU")
 def test_cudnn_stays_within_two_units_of_its_precision_of_float32_on_a_gpu():
     code = f"import runpy; runpy.run_path({__file__!r})['compare_cudnn']()"
-    subprocess.run([sys.executable, "-c", code], env=as_users_compile(JAX_PLATFORMS="cuda"), check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=compilation.as_users(JAX_PLATFORMS="cuda"), check=True, timeout=300
+    )
 
 
 def compare_cudnn() -> None:
@@ -449,7 +451,7 @@ for implementation, s in (("splash", segments), ("auto", None), ("flash", segmen
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 def test_the_kernels_compile_for_a_tpu_without_communication_and_auto_finds_splash(topology):
     pytest.importorskip("libtpu")
-    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=as_users_compile(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=compilation.as_users(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     # Splash: a forward and a fused backward kernel; flash: a forward one, one for the keys and values, one for the queries.
     assert done.stdout.splitlines() == ["splash 2 0", "auto 2 0", "flash 3 0"]

@@ -16,7 +16,7 @@ from mlm_jax import cli, objectives, sharding
 from mlm_jax.config import Config, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
 from mlm_jax.model import gpt2, int8, low_precision
 from mlm_jax.train import first_state, lower_step
-from tests.conftest import as_users_compile
+from tests import compilation
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(vocab_size=61, context_len=16, n_layers=2, n_heads=4, d_model=32, d_ff=64)
@@ -263,7 +263,7 @@ print(json.dumps(plans))
 def test_int8_products_run_on_the_integer_units_of_a_v5e_in_fewer_cycles():
     """2 x 8192 x 4096 x 4096 operations at 197 TFLOP/s of bfloat16 and 1.5 GHz are 2.09 million cycles."""
     pytest.importorskip("libtpu")
-    environment = as_users_compile(PYTHONPATH=str(ROOT))
+    environment = compilation.as_users(PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     products = json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ from mlm_jax.config import Config, ModelConfig, override
 from mlm_jax.model import gpt2
 from mlm_jax.plan import counted
 from mlm_jax.plan.counted import Counted, Machine, Product
-from tests.conftest import as_users_compile
+from tests import compilation
 
 ROOT = Path(__file__).parents[2]
 M, K, N = 8, 16, 4
@@ -237,7 +237,7 @@ def test_the_step_that_is_measured_is_one_of_training():
 @pytest.mark.slow
 def test_estimates_put_ten_steps_into_the_order_in_which_they_are_measured():
     # A process of its own: on one device, compiled as users do.
-    environment = as_users_compile(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = compilation.as_users(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run([sys.executable, str(ROOT / "experiments/bench_plan.py")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

@@ -10,7 +10,7 @@ import pytest
 
 from mlm_jax import cli
 from mlm_jax.plan import generate, topology, tpu
-from tests.conftest import as_users_compile
+from tests import compilation
 
 ROOT = Path(__file__).parents[2]
 SLICE = topology.parse("v5e:2x4")
@@ -88,7 +88,7 @@ def small(once) -> dict:
     pytest.importorskip("libtpu")
 
     def make() -> dict:
-        done = subprocess.run([sys.executable, "-c", SMALL], cwd=ROOT, env=as_users_compile(), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", SMALL], cwd=ROOT, env=compilation.as_users(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 

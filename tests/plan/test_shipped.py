@@ -13,7 +13,7 @@ from experiments.tpu.plans import FILES, PAGE, slice_of
 from mlm_jax import experiment
 from mlm_jax.config import diff
 from mlm_jax.plan import topology, tpu
-from tests.conftest import as_users_compile
+from tests import compilation
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -55,7 +55,7 @@ def planned(request, once) -> dict:
 
     def make() -> dict:
         command = [sys.executable, "-c", PLAN, str(file)]
-        done = subprocess.run(command, cwd=ROOT, env=as_users_compile(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=compilation.as_users(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 

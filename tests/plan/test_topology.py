@@ -1,7 +1,6 @@
 """Slices of TPUs by both of their names, as documented and as libtpu has them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from mlm_jax.chips import CHIPS
 from mlm_jax.config import InputError
 from mlm_jax.plan.topology import LIBTPU, Topology, parse, shapes
+from tests import compilation
 
 
 # Source: docs.cloud.google.com/tpu/docs (v5e, v6e, v5p: chips and cores of each topology; types-topologies for v4); for TPU7x
@@ -172,7 +172,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found():
     pytest.importorskip("libtpu")
-    environment = {name: value for name, value in os.environ.items() if name not in (*LIBTPU, "JAX_PLATFORMS")}
+    environment = {name: value for name, value in compilation.as_users().items() if name not in (*LIBTPU, "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", MADE_UP], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlm_jax.plan import topology, tpu
-from tests.conftest import as_users_compile
+from tests import compilation
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -46,7 +46,7 @@ def test_what_the_compiler_says_is_too_large_is_read():
 def planned(*arguments: str) -> dict:
     """What `mlm-jax plan` says, as JSON."""
     command = [sys.executable, "-m", "mlm_jax.cli", "plan", *arguments, "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=as_users_compile(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=compilation.as_users(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -122,7 +122,7 @@ def test_a_step_that_does_not_fit_is_refused_with_remedies_each_of_which_does(tm
     arguments = ["plan", "experiments/gpt2_124m.py", "--topology", "v5e:1x1", "--json", "--cache", str(tmp_path)]
     arguments += [word for one in changes for word in ("--set", one)]
     command = [sys.executable, "-m", "mlm_jax.cli", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=as_users_compile(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=compilation.as_users(), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["fits"] is False and found["need"] > found["usable"] == int(15.75 * GIB)
