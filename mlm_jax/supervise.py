@@ -65,7 +65,8 @@ def run(
             # A group of its own: what is typed at the terminal comes once, from here.
             child = subprocess.Popen([*command, *argv], stdin=subprocess.DEVNULL, process_group=0)
             forward()
-            returned = child.wait()
+            while (returned := child.poll()) is None:
+                time.sleep(0.05)  # child.wait() would not see a signal that comes just before its system call until the child ends
             child = None
             ended = returned if returned >= 0 else status.SIGNALLED - returned
             if stop or ended in (status.DONE, status.BAD_INPUT):

@@ -131,7 +131,7 @@ from mlm_jax import supervise
 sys.exit(supervise.run(sys.argv[2:], lambda: 0, command=(sys.executable, "-c", sys.argv[1])))
 """
 NOTING = """
-import signal, sys
+import signal, sys, time
 left = [int(sys.argv[1])]
 def note(number, _):
     print(signal.Signals(number).name, flush=True)
@@ -140,7 +140,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, note)
 print("ready", flush=True)
 while left[0] > 0:
-    signal.pause()
+    time.sleep(0.01)  # signal.pause() would miss a signal just before it
 sys.exit(75)
 """
 
