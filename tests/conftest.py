@@ -27,7 +27,7 @@ import pytest
 from tests import compilation
 
 jax.config.update("jax_num_cpu_devices", 8)
-compilation.quickly()
+compilation.be_quick()
 pytest.register_assert_rewrite("tests.doctor.shared")
 
 
