@@ -12,10 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
 from mlm_jax import storage
 from mlm_jax.config import Config, InputError, ModelConfig
 
@@ -75,10 +71,14 @@ class TensorBoard:
     """The same figures as event files, which TensorBoard shows: a curve for each number, in the groups train, validation and machine.
 
     They are written here and now: tensorboardX's SummaryWriter has a thread for it, and waits for ever where the disk was full and that is gone.
+    tensorboardX is imported where it is needed: it imports PyTorch, where that is installed, which takes seconds.
     """
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         """What an interrupted run left after step `resume_at` is hidden by a mark in the new file."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
+
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file = EventsWriter(str(folder / "events"), f".{resume_at}.{os.getpid()}")  # without that, two files of the same second were one
@@ -87,6 +87,9 @@ class TensorBoard:
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds one row; it is on disk at the latest with the first that comes FLUSH_S later."""
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
         values = []
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):

@@ -1,7 +1,6 @@
 """Bytes as they come, in chunks: decompressed, in UTF-8, divided; never more of them in memory than one document has."""
 
 import codecs
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -12,7 +11,6 @@ CHUNK = 1 << 18
 EXPANDS_TO = 1 << 30  # bytes to which anything may expand
 EXPANDS_BY = 1000  # times its size to which it may
 _ZSTD_INPUT = 1 << 10  # decoded at once: a block of 128 KiB may be written in 4 bytes, so this is 32 MiB at most
-_GAP = re.compile(rb"[\n ]")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -163,8 +161,7 @@ def cut(chunks: Iterable[bytes], limit: int = MAX_DOCUMENT) -> Iterator[Piece]:
             end = 0 if lost else held.rfind(b"\n", 0, limit) + 1 or held.rfind(b" ", 0, limit) + 1
             if end:
                 yield Piece(number, offset, bytes(held[:end]), end)
-            elif gap := _GAP.search(held, 0 if lost else limit):
-                end = gap.end()
+            elif end := _end_of_gap(held, 0 if lost else limit):
                 yield Piece(number, offset, None, lost + end)
             else:
                 lost += len(held)
@@ -176,6 +173,13 @@ def cut(chunks: Iterable[bytes], limit: int = MAX_DOCUMENT) -> Iterator[Piece]:
             del held[:end]
     if lost or held:
         yield Piece(number, offset, None if lost else bytes(held), lost + len(held))
+
+
+def _end_of_gap(held: bytearray, start: int) -> int:
+    """The place after the first newline or space from `start` on, 0 where there is none."""
+    newline = held.find(b"\n", start)
+    space = held.find(b" ", start, newline if newline >= 0 else len(held))
+    return (space if space >= 0 else newline) + 1
 
 
 class Bytes:

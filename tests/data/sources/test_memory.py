@@ -45,27 +45,23 @@ def test_a_line_of_300_mb_is_passed_over_with_little_memory(tmp_path, name):
     assert mib < 100
 
 
-LINE, NEWLINES, ZEROS = b"x" * (1 << 20), b"\n" * (1 << 20), bytes(1 << 20)
+LINE, NEWLINES = b"x" * (1 << 20), b"\n" * (1 << 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "block"),
-    [("a.txt.gz", LINE), ("a.txt.gz", ZEROS), ("a.jsonl.gz", LINE), ("a.jsonl.gz", NEWLINES), ("a.jsonl.zst", NEWLINES), ("a.zip", LINE)],
-    ids=["txt.gz line", "txt.gz zeros", "jsonl.gz line", "jsonl.gz newlines", "jsonl.zst newlines", "zip line"],
+    [("a.txt.gz", LINE), ("a.jsonl.gz", NEWLINES), ("a.jsonl.zst", NEWLINES), ("a.zip", LINE)],
+    ids=["txt.gz line", "jsonl.gz newlines", "jsonl.zst newlines", "zip line"],
 )
 def test_what_expands_to_more_than_a_gigabyte_is_passed_over_with_little_memory(tmp_path, name, block):
-    blocks = itertools.chain([b'{"text": "before"}\n'], itertools.repeat(block, 1100))
-    if name.endswith(".gz"):
-        with gzip.open(tmp_path / name, "wb", compresslevel=6) as file:
-            file.writelines(blocks)
-    elif name.endswith(".zst"):
-        with zstandard.open(tmp_path / name, "wb") as file:
-            for one in blocks:
-                file.write(one)
-    else:
+    first = b'{"text": "before"}\n'
+    if name.endswith(".zip"):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.jsonl", "w") as file:
-            file.writelines(blocks)
+            file.writelines(itertools.chain([first], itertools.repeat(block, 1100)))
+    else:  # parts one after the other are one file
+        compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+        (tmp_path / name).write_bytes(compress(first) + compress(block * 100) * 11)
     items, mib = read(tmp_path)
     assert items[-1] == "expands too far"
     assert len(items) < 100
