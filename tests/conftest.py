@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
+import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 # Set before anything imports jax or transformers; child processes inherit these, and see one device.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -73,16 +76,46 @@ def write_experiment(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all of pytest's processes have."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Callable[[str, Callable[[], Any]], Any]:
+    """(name, make) -> the JSON that `make` gives, called by the first of pytest's processes that asks: what takes long is made for all."""
+
+    def made(name: str, make: Callable[[], Any]) -> Any:
+        file = shared / f"{name}.json"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                text = json.dumps(make())
+                file.write_text(text)
+        return json.loads(file.read_text())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shared: Path, once: Callable[[str, Callable[[], Any]], Any]) -> TinyRun:
     """`mlm-jax run` of a small experiment, on all eight devices."""
     from mlm_jax import cli
 
-    folder = tmp_path_factory.mktemp("tiny_run")
-    experiment, text = write_experiment(folder)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert cli.main(["run", str(experiment), "--out", str(folder / "run"), "--json", "--traceback"]) == 0
-    return TinyRun(experiment, text, folder / "run", out.getvalue(), err.getvalue())
+    folder = shared / "tiny_run"
+
+    def make() -> tuple[str, str]:
+        shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+        folder.mkdir()
+        experiment, _ = write_experiment(folder)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert cli.main(["run", str(experiment), "--out", str(folder / "run"), "--json", "--traceback"]) == 0
+        return out.getvalue(), err.getvalue()
+
+    stdout, stderr = once("tiny_run", make)
+    return TinyRun(folder / "tiny_test.py", folder / "text.txt", folder / "run", stdout, stderr)
 
 
 @pytest.fixture
