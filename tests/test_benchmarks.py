@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from experiments import bench_faults
-from tests import compilation
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *arguments: str, status: int = 0) -> str:
     command = [sys.executable, str(ROOT / "experiments" / script), *arguments]
-    environment = compilation.quick(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
@@ -84,7 +83,6 @@ def test_a_run_that_goes_on_on_other_devices_has_its_row_in_the_table_of_faults(
     ways = [bench_faults.on_mesh(2, 4), bench_faults.on_mesh(2, 1), bench_faults.on_mesh(1, 4)]
     monkeypatch.setitem(bench_faults.FAULTS, "mesh", lambda bench, row: bench_faults.elsewhere(bench, row, "mesh", ways))
     monkeypatch.setattr(sys, "argv", ["bench_faults", "--only", "mesh"])
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     assert bench_faults.main() == 0
     out = capsys.readouterr().out
     found = re.search(r"^\| mesh \| 2 SIGTERM \| 75 \(2\) \| mlm-jax: stopped as asked, .* \| 0 \| loss (\S+), logits (\S+) \|$", out, re.MULTILINE)

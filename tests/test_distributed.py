@@ -20,7 +20,6 @@ from mlm_jax.config import InputError
 from mlm_jax.data.batches import Batches
 from mlm_jax.data.tokens import open_tokens
 from mlm_jax.metrics import read_metrics
-from tests import compilation
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,9 +78,7 @@ def run_processes(folder: Path, argv: list[str], n: int, devices: int, *, absent
         code, more = single.get("code", {}).get(i, "") + PROCESS, single.get("more", {}).get(i, [])
         command = [sys.executable, "-c", code, str(devices), str(folder / f"rows_{i}"), *argv, *flags, *more]
         pipe = subprocess.PIPE
-        started.append(
-            (i, subprocess.Popen(command, cwd=ROOT, env=compilation.quick(), stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True))
-        )
+        started.append((i, subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)))
     try:
         said = [(i, process, *process.communicate(timeout=600)) for i, process in started]
     finally:

@@ -16,7 +16,6 @@ import pytest
 
 from mlm_jax import distributed, status, watch
 from mlm_jax.stopping import Stopped
-from tests import compilation
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +217,7 @@ def processes(experiment: Path, folder: Path, n: int, limit_s: float, silence_s:
             command = [sys.executable, "-c", PROCESS, "2", str(silence_s), *argv]
             command += ["--coordinator", address, "--processes", str(n), "--process", str(i)]
             err = stack.enter_context((folder.parent / f"err_{i}").open("w"))
-            process = subprocess.Popen(command, cwd=ROOT, env=compilation.quick(), stdin=subprocess.DEVNULL, stdout=err, stderr=err, text=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=err, stderr=err, text=True)
             stack.callback(process.wait)
             stack.callback(process.kill)
             started.append(process)
