@@ -33,7 +33,7 @@ from mlm_jax.storage import Place
 
 FILES = "files.json"
 CHUNK_BYTES = 16 << 20  # dozens of pieces may be on their way to the disk at once
-SLICE_BYTES = 1 << 20  # of an array that several devices hold, each writes a part; one writes it all where the parts were smaller than that
+SLICE_BYTES = 1 << 16  # of an array that several devices hold, each writes a part; one writes it all where the parts would be smaller than that
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's own file, which holds what we say beside what it does
 _COMMITTED = "commit_success.txt"  # Orbax's last file: in a bucket nothing else tells a whole checkpoint from a half-written one
 _whole: dict[str, dict[str, storage.File]] = {}  # the files of checkpoints found whole: while they stay so, nothing is read again to be checked

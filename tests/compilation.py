@@ -1,7 +1,4 @@
-"""How the tests compile: quickly, as that is most of what they do. What is to be compiled as users do has a process of its own.
-
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 before the command has all of them compiled as users do.
-"""
+"""How the tests compile: quickly, as that is most of what they do. What is to be compiled as users do has a process of its own."""
 
 import os
 
@@ -13,11 +10,10 @@ _FLAGS = " --xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=CPU_OPT_PRES
 
 
 def be_quick() -> None:
-    """Has this process and its children compile in less than half the time, unless JAX_DISABLE_MOST_OPTIMIZATIONS says otherwise."""
-    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-        flags = os.environ.get("XLA_FLAGS", "").removesuffix(_FLAGS)  # the first of pytest's processes hands its own on to the others
-        os.environ.update(JAX_DISABLE_MOST_OPTIMIZATIONS="1", XLA_FLAGS=flags + _FLAGS)
-        jax.config.update("jax_disable_most_optimizations", True)
+    """Has this process and its children compile in less than half the time."""
+    flags = os.environ.get("XLA_FLAGS", "").removesuffix(_FLAGS)  # the first of pytest's processes hands its own on to the others
+    os.environ.update(JAX_DISABLE_MOST_OPTIMIZATIONS="1", XLA_FLAGS=flags + _FLAGS)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def as_users(**more: str) -> dict[str, str]:

@@ -91,8 +91,9 @@ def once(shared: Path) -> Callable[[str, Callable[[], Any]], Any]:
         with (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
-                text = json.dumps(make())
-                file.write_text(text)
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(make()))
+                part.rename(file)
         return json.loads(file.read_text())
 
     return made

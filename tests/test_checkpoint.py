@@ -81,6 +81,19 @@ def test_the_parameters_alone_can_be_read(saved):
     assert rest is None
 
 
+@pytest.mark.parametrize(("least", "files"), [(0, 8), (96 * 4, 8), (96 * 4 + 1, 1), (checkpoint.SLICE_BYTES, 1)])
+def test_devices_that_hold_the_same_write_a_part_each_unless_the_parts_are_small(tmp_path, monkeypatch, least, files):
+    monkeypatch.setattr(checkpoint, "SLICE_BYTES", least)
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    params = {"w_token_VD": tree()["w_token_VD"]}  # 24 x 32, of which a device would write 96
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, on(mesh, params), {"step": jnp.int32(1)})
+    for _ in range(2):
+        same(checkpoint.restore(tmp_path / "1", wanted(params))[0], params)
+        assert len([path for path in (tmp_path / "1/params/w_token_VD/c").rglob("*") if path.is_file()]) == files
+        (tmp_path / "1" / checkpoint.FILES).unlink(missing_ok=True)  # then by what Orbax says of them
+
+
 def test_special_floats_survive(tmp_path):
     odd = {"w_a_DF": np.array([[np.nan, np.inf], [-0.0, 1e-45]], np.float32)}
     with checkpoint.Checkpoints(tmp_path) as checkpoints:

@@ -141,13 +141,17 @@ def test_two_processes_train_as_one_does_and_each_reads_its_rows(tiny_run, tmp_p
 
 
 @pytest.mark.slow  # the starts take half a minute
-@pytest.mark.parametrize(("n", "devices"), [(2, 2), (4, 1)])
-def test_a_whole_run_of_several_processes_is_that_of_one(n, devices, tiny_run, tmp_path):
+@pytest.mark.parametrize(("n", "devices", "slices"), [(2, 2, True), (4, 1, False)], ids=["2-2", "4-1"])
+def test_a_whole_run_of_several_processes_is_that_of_one(n, devices, slices, tiny_run, tmp_path):
+    """With `slices` each device writes its part of what all hold, as of large arrays, else the first process writes it."""
     argv = ["run", str(tiny_run.experiment), "--json", "--out"]
     alone = run_processes(tmp_path / "one", [*argv, str(tmp_path / "alone")], 1, 4)
     assert alone[0].status == 0, alone[0].stderr
-    finished = run_processes(tmp_path / "several", [*argv, str(tmp_path / "run")], n, devices)
+    code = dict.fromkeys(range(n), "from mlm_jax import checkpoint\ncheckpoint.SLICE_BYTES = 0\n" if slices else "")
+    finished = run_processes(tmp_path / "several", [*argv, str(tmp_path / "run")], n, devices, code=code)
     check_same_run(tmp_path / "run", tmp_path / "alone", finished, devices)
+    written = (tmp_path / "run/checkpoints/20/params/w_token_VD/c").rglob("*")
+    assert len([path for path in written if path.is_file()]) == (n * devices if slices else 1)
     check_same_export(tmp_path / "run", tmp_path / "alone")
     assert (tmp_path / "run/samples.txt").read_text() == (tmp_path / "alone/samples.txt").read_text()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}

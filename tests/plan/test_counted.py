@@ -238,7 +238,7 @@ def test_the_step_that_is_measured_is_one_of_training():
 def test_estimates_put_ten_steps_into_the_order_in_which_they_are_measured():
     # A process of its own: on one device, compiled as users do.
     environment = compilation.as_users(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, str(ROOT / "experiments/bench_plan.py"), "--rounds", "3"]
+    command = [sys.executable, str(ROOT / "experiments/bench_plan.py"), "--rounds", "5"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

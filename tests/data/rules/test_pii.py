@@ -180,7 +180,7 @@ def test_each_placeholder_is_three_tokens_of_gpt2():
 
 @pytest.mark.parametrize("length", [50_000, pytest.param(250_000, marks=pytest.mark.slow)])
 def test_hostile_text_takes_time_as_its_length(length):
-    # In a process of its own, which can be ended: a pattern that is not linear needs hours.
+    # In a process of its own, which can be ended: a pattern that is not linear needs many times as long.
     units = (
         "1",
         "1 ",
@@ -206,7 +206,7 @@ def test_hostile_text_takes_time_as_its_length(length):
     )
     units += ("tel ", "ssn ", "order no ", "415-555-", "(415) ", "0123 45 67 ", "steuer ", "bsn ", "version ", " ", "-", "a-", "é@é.", "1\n")
     code = f"from mlm_jax.data.rules import pii\nfor unit in {units}: pii.find(unit * ({length} // len(unit)), {PII_KINDS})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=max(60, length // 2500))
 
 
 def test_personal_data_is_found_and_what_looks_like_it_is_not():
