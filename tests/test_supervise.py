@@ -124,10 +124,12 @@ def test_the_line_on_a_restart_says_how_long_the_run_was_there(tmp_path):
 
 # ---- signals ----
 
-# A supervisor; its child notes each signal, and ends with 75 after so many.
+# A supervisor, also where these tests run in the background of a shell, which has all that it starts there ignore SIGINT. Its child notes each
+# signal, and ends with 75 after so many.
 SUPERVISOR = """
-import sys
+import signal, sys
 from mlm_jax import supervise
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.exit(supervise.run(sys.argv[2:], lambda: 0, command=(sys.executable, "-c", sys.argv[1])))
 """
 NOTING = """
