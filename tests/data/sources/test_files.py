@@ -110,6 +110,14 @@ def test_what_is_longer_than_16_mib_is_a_fault_and_what_comes_after_is_read(tmp_
     assert found.texts == {"a.txt": ["after"], "a.html": []}.get(name, ["before", "after"])
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])  # of a chunk
+@pytest.mark.parametrize("gap", [b" ", b"\n"])
+def test_what_is_too_long_to_hold_ends_with_the_first_newline_or_space_after_it(size, gap):
+    data = b"aaaaaa" + gap + b"bb\ncc"
+    pieces = list(streams.cut((data[at : at + size] for at in range(0, len(data), size)), limit=4))
+    assert pieces == [(1, 0, None, 7), (2, 7, b"bb\n", 3), (3, 10, b"cc", 2)]
+
+
 def test_parts_of_a_large_file_hold_each_line_once(tmp_path, read, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 1000)
     file = tmp_path / "a.jsonl"
